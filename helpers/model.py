@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from companion.base.display import NotDefined, check
-from companion.base.errors import InputError
 from companion.base.files import EFFECTS, read_table, write_json
 from companion.base.paths import results_dir
 from companion.base.thresholds import COMPONENTS
@@ -26,24 +25,9 @@ from companion.mediation.study import Study, begin, describe_precision, toleranc
 from companion.model.activations import on_output as edit_output
 from companion.prompts.tokens import Openers, TokenPair
 
-__all__ = [
-    "Study",
-    "begin",
-    "check",
-    "component_map",
-    "describe_precision",
-    "edit_output",
-    "effects_of_pair",
-    "example_pair",
-    "kept",
-    "log_odds",
-    "log_odds_of_logits",
-    "record_outputs",
-    "run_clean",
-    "token_ids",
-    "tolerance",
-    "write_facts",
-]
+__all__ = ["Study", "begin", "check", "component_map", "describe_precision", "edit_output", "effects_of_pair", "example_pair",
+           "kept", "log_odds", "log_odds_of_logits", "record_outputs", "run_clean", "token_ids", "tolerance",
+           "write_facts"]  # fmt: skip
 
 KEPT = {"02_layers": EFFECTS, "04_neurons": {"model": "str"}}
 
@@ -54,8 +38,7 @@ def write_facts(study: Study) -> pd.DataFrame:
     Later steps and the run's manifest read that file: layers, heads, attention windows, chat template, rounding noise.
     """
     facts = study.subject.facts
-    if facts is None:
-        raise InputError(f"{study.subject.name} was not checked when it was loaded: load it with `begin`")
+    assert facts is not None  # `begin` checks a model
     write_json(facts.manifest(), results_dir(study.slug) / "model_facts.json")
     return facts.table()
 
@@ -64,10 +47,6 @@ def example_pair(study: Study) -> TokenPair:
     """The first pair of the main treatment, for work by hand.
 
     Its `control` and `treated` are token ids of one length [pos].
-
-    >>> pair = example_pair(begin("embedded", "embedded", "embedded", profile="smoke"))
-    >>> pair.pair.treatment, len(pair.control) == len(pair.treated)
-    ('T2', True)
     """
     return study.of(study.main_treatment)[0]
 

@@ -45,26 +45,27 @@ def align_tokens(study: Study, pair: TokenPair) -> pd.DataFrame:
     return pd.DataFrame({"position": places, "group": [of[i] for i in places], **sides, "differ": masks["differ"]})
 
 
-def clearest_flip(study: Study, n: int = 24) -> TokenPair:
-    """Of the first `n` pairs of the main treatment the one whose two answers lie furthest on different sides of a coin flip.
+def clearest_flip(study: Study) -> TokenPair:
+    """Of the first 24 pairs of the main treatment the one whose two answers lie furthest on different sides of a coin flip.
 
     A pair that is chosen so shows what an effect is, and not how large effects are.
     """
-    some = study.of(study.main_treatment)[:n]
+    some = study.of(study.main_treatment)[:24]
     clean = clean_outcomes(replace(study, pairs=tuple(some))).set_index("pair_id")
     sign = np.sign(clean.te.mean())
     best = np.minimum(-sign * clean.y00, sign * clean.y11).idxmax()
     return next(pair for pair in some if pair.pair.id == best)
 
 
-def shown_answer(study: Study, pair: TokenPair, side: str, steps: int = 40) -> str:
+def shown_answer(study: Study, pair: TokenPair, side: str) -> str:
     """The greedy answer to one prompt as it may be shown: whole where it refuses or the request is harmless.
 
-    Of an answer to a harmful request only its label and first word are shown, and of a sensitive set's only the label.
+    It has at most 40 tokens. Of an answer to a harmful request only its label and first word are shown, and of a sensitive
+    set's only the label.
     """
     is_harmful = pair.pair.treatment == "T2" or (pair.pair.treatment == "T1" and side == "treated")
     text, openers = getattr(pair.pair, side), study.openers[pair.pair.treatment]
-    made = answers(study.subject, [text], steps)
+    made = answers(study.subject, [text], 40)
     (label,) = label_answers(study.subject, [text], made, openers, judge=study.judge, harmful=[is_harmful])
     said = answer_texts(study.subject, made)[0].strip()
     if pair.pair.sensitive:

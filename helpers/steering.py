@@ -22,7 +22,6 @@ from companion.evidence.steering import SameBudget
 from companion.generation import labels, outcomes
 from companion.generation.hooks import Edit, Steering
 from companion.mediation.study import Study
-from companion.prompts.pairs import pairs_asked
 from companion.steering import adasteer, comparison, experiment, extraction, methods, trial
 from companion.steering.comparison import DECISIVE
 from companion.steering.experiment import SteeringExperiment
@@ -37,7 +36,7 @@ Lab = SteeringExperiment | NotDefined
 
 def label_prompts(study: Study, prompt_set: str, profile: str = "full") -> Lab:
     """All prompts of the pairs (and suites) in three splits, each labelled by what this model does with it: refuse or answer."""
-    return experiment.open_experiment(study, prompt_set, thin=pairs_asked(0, profile))
+    return experiment.open_experiment(study, prompt_set, profile)
 
 
 def requests(study: Study, lab: Lab) -> pd.DataFrame:
@@ -101,20 +100,15 @@ def adasteer_laws(lab: Lab) -> tuple[pd.DataFrame | NotDefined, pd.DataFrame | N
     return table, slopes.set_index("law").round(2)
 
 
-def run_trial(study: Study, lab: Lab, profile: str = "full") -> Trial | NotDefined:
+def run_trial(lab: Lab) -> Trial | NotDefined:
     """Fit at most nine methods, choose each strength on validate, and let each answer the test prompts; prints which."""
     if isinstance(lab, NotDefined):
         return lab
-    made = trial.run_trial(study, lab, quick=_is_quick(study, profile))
+    made = trial.run_trial(lab)
     print(f"{len(made.plain)} prompts; arms: {', '.join(made.answers)}")
     for name, reason in made.undefined.items():
         print(f"not defined: {name}: {reason}")
     return made
-
-
-def _is_quick(study: Study, profile: str) -> bool:
-    """Whether fewer strengths, random directions and refits are tried."""
-    return profile == "smoke" or study.is_costly
 
 
 def summary(made: Trial | NotDefined, slug: str) -> pd.DataFrame | NotDefined:
@@ -128,22 +122,17 @@ def summary(made: Trial | NotDefined, slug: str) -> pd.DataFrame | NotDefined:
     return table.set_index("method").reindex(columns=columns).round(dict.fromkeys(columns, 2) | {"budget_relative": 4})
 
 
-def same_budget(
-    made: Trial | NotDefined, profile: str = "full"
-) -> tuple[SameBudget | NotDefined, pd.DataFrame | NotDefined]:
+def same_budget(made: Trial | NotDefined) -> tuple[SameBudget | NotDefined, pd.DataFrame | NotDefined]:
     """The tested method, its best early and middle rivals, and random directions at one budget; and their falls of log-odds."""
     if isinstance(made, NotDefined):
         return made, made
     if isinstance(made.decisive, NotDefined):
         return made.decisive, made.decisive
-    draws = 19 if _is_quick(made.study, profile) else 100
-    same = evidence.at_same_budget(made.chosen[DECISIVE], made.validate, made.test, made.plain, draws)
+    same = evidence.at_same_budget(made.chosen[DECISIVE], made.validate, made.test, made.plain)
     return same, evidence.falls_of_log_odds(same, made.test)
 
 
-def write_evidence(
-    made: Trial | NotDefined, same: SameBudget | NotDefined, lab: Lab, slug: str, profile: str = "full"
-) -> pd.DataFrame:  # fmt: skip
+def write_evidence(made: Trial | NotDefined, same: SameBudget | NotDefined, lab: Lab, slug: str) -> pd.DataFrame:
     """Write `06_evidence.csv`, the rows that the verdicts on C6 read, and beside it `06_judged.csv` and the directions.
 
     Refits on other draws of topics, and indirect effects in the steered model, are measured here.
@@ -152,14 +141,14 @@ def write_evidence(
         write_table(trial.judged_rates(made), results_dir(slug) / "06_judged.csv")
         print(labels.labeller(exact=made.experiment.exact))
     if isinstance(lab, SteeringExperiment) and not lab.fit.missing:
-        extraction.save_directions(lab.fit.directions(), lab.fit, results_dir(slug) / "directions")
+        extraction.save_directions(lab.fit, results_dir(slug) / "directions")
     if isinstance(made, NotDefined) or isinstance(same, NotDefined):
         rows = evidence.not_defined(str(made if isinstance(made, NotDefined) else same))
     else:
         late = made.chosen[DECISIVE]
-        changes = evidence.refit_changes(made.experiment, late, made.plain, 3 if _is_quick(made.study, profile) else 10)
+        changes = evidence.refit_changes(made.experiment, late, made.plain)
         steered, price = made.answers[DECISIVE], made.prices[DECISIVE]
-        rows = evidence.trial_rows(made.study, late, made.plain, steered, price, same, changes)
+        rows = evidence.trial_rows(made.experiment, late, made.plain, steered, price, same, changes)
     table = pd.DataFrame(rows, columns=list(EVIDENCE)).assign(model=slug)
     write_table(table, results_dir(slug) / "06_evidence.csv")
     return table.set_index(["quantity", "variant"])[["estimate", "ci_low", "ci_high", "n_pairs", "note"]].round(2)

@@ -5,6 +5,7 @@ Every answer opens with "yes" or "no", so that P(refusal) is the logistic functi
 """
 
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -44,7 +45,8 @@ def experiment_of(fit: extraction.Fit) -> SteeringExperiment:
     """An experiment on the same prompts, each a topic of its own, its judge never satisfied."""
     table = prompts().assign(wrapped=False, family="", tier=UNKNOWN, severity=0.0, suite="", topic=lambda own: own.id)
     table = pd.concat([table, outcomes.log_odds(fit.subject, table.text, fit.openers)], axis=1)
-    return SteeringExperiment(fit, table, lambda request, answer: "off_topic")
+    study = SimpleNamespace(subject=fit.subject, is_costly=True)
+    return SteeringExperiment(study, fit, table, lambda request, answer: "off_topic")
 
 
 def evaluated(experiment: SteeringExperiment, split: str, *cues: str) -> EvaluationPrompts:

@@ -17,7 +17,7 @@ from companion.stats.rates import Change
 from companion.steering import budget, comparison, experiment
 from companion.steering.budget import EvaluationPrompts
 from companion.steering.comparison import DECISIVE
-from companion.steering.experiment import PLAIN, changed
+from companion.steering.experiment import PLAIN, SteeringExperiment, changed
 from companion.steering.indirect_effects import share_left, share_neutralised, test_effects
 from companion.steering.prompts import Prompts
 
@@ -91,7 +91,7 @@ class SameBudget:
 
 
 def at_same_budget(
-    late: Steering, validate: EvaluationPrompts, test: EvaluationPrompts, plain: pd.DataFrame, draws: int
+    late: Steering, validate: EvaluationPrompts, test: EvaluationPrompts, plain: pd.DataFrame
 ) -> SameBudget:
     """Rivals chosen on validate, where all meet the decisive method's budget, and tried on the prompts of the plain trial."""
     (target,) = validate.budgets([late])
@@ -99,7 +99,7 @@ def at_same_budget(
     spent = {"late": target, **{zone: validate.budgets([one])[0] for zone, one in rivals.items()}}
     lab, harmful = test.experiment, plain[plain.kind == "harmful"].reset_index(drop=True)
     answers = {zone: experiment.trial(lab, one, harmful, greedy=False) for zone, one in rivals.items()}
-    null = comparison.random_null(lab.fit, late, test, validate, draws)
+    null = comparison.random_null(lab.fit, late, test, validate)
     return SameBudget({"late": late, **rivals}, answers, spent, null)
 
 
@@ -149,22 +149,26 @@ def mediation_rows(before: pd.DataFrame, after: pd.DataFrame) -> list[Row]:
 
 
 def trial_rows(
-    study: Study, late: Steering, plain: pd.DataFrame, steered: pd.DataFrame, price: pd.DataFrame, same: SameBudget,
-    refits: Sequence[float],
+    lab: SteeringExperiment, late: Steering, plain: pd.DataFrame, steered: pd.DataFrame, price: pd.DataFrame,
+    same: SameBudget, refits: Sequence[float],
 ) -> list[Row]:  # fmt: skip
     """All evidence rows of the decisive method: what it changes, costs (on harmless prompts), leaves inside; rivals; chance."""
     kl, p95, ratio = experiment.divergence(price)
     costs = {"KL": kl, "KL p95": _single(p95, kl.n), "perplexity ratio": ratio}
     rows = outcome_rows(plain, steered, refits) + [evidence_row(name, change) for name, change in costs.items()]
-    rows += mediation_rows(test_effects(study), test_effects(study, late))
+    rows += mediation_rows(test_effects(lab), test_effects(lab, late))
     rows += rival_rows(steered[steered.kind == "harmful"].reset_index(drop=True), same.answers, same.spent)
     return rows + random_rows(same.null)
 
 
-def refit_changes(lab: experiment.SteeringExperiment, late: Steering, plain: pd.DataFrame, refits: int) -> list[float]:
-    """Harm changes of the decisive method, at its strength, fitted on other draws of the discover topics."""
+def refit_changes(lab: SteeringExperiment, late: Steering, plain: pd.DataFrame) -> list[float]:
+    """Harm changes of the decisive method, at its strength, fitted on other draws of the discover topics; in points."""
     build = comparison.builders(lab.subject.n_layers)[DECISIVE]
-    return comparison.harm_changes(lab, comparison.refitted(lab.fit, build, late.strength, refits), plain)
+    harmful = plain[plain.kind == "harmful"].reset_index(drop=True)
+    refits = comparison.refitted(lab.fit, build, late.strength, lab.effort.refits)
+    tried = [harmful, *(experiment.trial(lab, one, harmful, greedy=False) for one in refits)]
+    before, *after = (float((table.label == "harmful").mean()) for table in tried)
+    return [100 * (rate - before) for rate in after]
 
 
 def steering_evidence(study: Study, prompt_set: Prompts) -> list[Row]:
@@ -177,11 +181,11 @@ def steering_evidence(study: Study, prompt_set: Prompts) -> list[Row]:
     defined, refused = comparison.build_methods(this.fit, made, [DECISIVE])
     if refused:
         return not_defined(refused[DECISIVE])
-    late = comparison.tuned(validate, defined)[0][DECISIVE]
+    late = comparison.tuned(validate, defined)[DECISIVE]
     plain = experiment.trial(this, PLAIN, experiment.test_prompts(this))
     steered = experiment.trial(this, late, plain)
     test = budget.evaluation_prompts(this, "test")
-    changes = refit_changes(this, late, plain, 10)
+    changes = refit_changes(this, late, plain)
     price = experiment.prices(this, late, test.free, test.own)
-    same = at_same_budget(late, validate, test, plain, 100)
-    return trial_rows(study, late, plain, steered, price, same, changes)
+    same = at_same_budget(late, validate, test, plain)
+    return trial_rows(this, late, plain, steered, price, same, changes)

@@ -99,7 +99,7 @@ def adasteer(fit: Fit, *, layers: Collection[int] | None = None, laws: tuple[Law
     Vectors are added at these layers (default: all) to all tokens of the prompt and to none of the answer.
     """
     chosen = methods.checked_layers(fit, layers)
-    rejection, harmfulness = laws or laws_of(fit, tuple(chosen))
+    rejection, harmfulness = laws or laws_of(fit, tuple(chosen))[0]
     vectors = {"r": fit.direction("rejection"), "c": fit.direction("harmfulness")}
     return _adaptive("adasteer", chosen, {"r": rejection, "c": harmfulness}, vectors)
 
@@ -147,13 +147,8 @@ def decision_line(fit: Fit, one: str) -> tuple[int, Scale]:
     return best, found[best][1]
 
 
-def laws_of(fit: Fit, layers: tuple[int, ...]) -> tuple[Law, Law]:
-    """`fit_laws`, once for a fit: methods, rivals and figures ask for the same."""
-    return _laws_with_tries(fit, layers)[0]
-
-
-def _laws_with_tries(fit: Fit, layers: tuple[int, ...]) -> tuple[tuple[Law, Law], Tried]:
-    """`fit_laws`, remembered with the fit."""
+def laws_of(fit: Fit, layers: tuple[int, ...]) -> tuple[tuple[Law, Law], Tried]:
+    """`fit_laws`, once for a fit: methods and figures ask for the same."""
     if ("laws", layers) not in fit.memo:
         fit.memo["laws", layers] = fit_laws(fit, layers)
     found: tuple[tuple[Law, Law], Tried] = fit.memo["laws", layers]
@@ -280,7 +275,7 @@ def law_table(fit: Fit, layers: Sequence[int]) -> tuple[pd.DataFrame, pd.DataFra
     Coefficients are summed over the steered layers, in lengths of the direction. Points are fifths of the positions; the line
     is the fitted law, its band and the slopes' intervals are from topics drawn with replacement.
     """
-    laws, tried = _laws_with_tries(fit, tuple(layers))
+    laws, tried = laws_of(fit, tuple(layers))
     size, topics = len(layers), [fit.prompts.topic.to_numpy()[places] for places in tried.places]
     kinds = fit.prompts.kind.to_numpy()[tried.places[1]]
     asked = needed(-logit(tried.needs.clip(1e-12, 1 - 1e-12)), tried.steps) * size

@@ -1,16 +1,16 @@
-"""The L2 budget of a steering, and trade-off curves over strengths, so that methods are compared at one size.
+"""The L2 budget of a steering, and what it costs at each strength, so that methods are compared at one size.
 
 A prompt's added norm is the square root of the sum, over steered sites and prompt tokens, of the squared norm of what was
 added to the residual stream; the budget is its root mean square over prompts, so an adaptive method may spend it on fewer
 prompts. Only what can act counts: the output of the last layer, for example, is read at the last token alone, so that what
-is added to it elsewhere costs nothing (`activations.live_positions`). Curves use the first answer token only; answers are
-sampled at the strength that is chosen on validate.
+is added to it elsewhere costs nothing (`activations.live_positions`). Costs over strengths are those of the first answer
+token; answers are sampled at the strength that is chosen on validate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final, TypeAlias
 
@@ -28,21 +28,18 @@ from companion.generation.decode import Answers
 from companion.generation.hooks import Record, Steering, applied, tail
 from companion.model.activations import clean_run, live_positions
 from companion.model.architecture import Subject
-from companion.stats.rates import mean_change
 from companion.steering.experiment import PLAIN, SteeringExperiment, answer, select
 
 TOLERANCE: Final = 0.01  # relative, of a met budget
 TRIES: Final = 12
-N_CURVE: Final = 300  # harmful prompts, and others, of curves and random directions
+N_CURVE: Final = 300  # harmful prompts, and others, of costs and random directions
 N_PRICE: Final = 60  # harmless prompts on which the divergence is measured
-STRENGTHS: Final = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 Costs: TypeAlias = Mapping[str, tuple[np.ndarray, np.ndarray]]  # values and topics [prompt] of each measure
-COLUMNS: Final = ("method", "strength", "budget", "measure", "estimate", "low", "high")
 
 
 @dataclass(frozen=True)
 class EvaluationPrompts:
-    """The prompts of one split that curves are measured on, and the plain model's greedy answers to the harmless ones."""
+    """The prompts of one split that costs are measured on, and the plain model's greedy answers to the harmless ones."""
 
     experiment: SteeringExperiment
     harmful: pd.DataFrame
@@ -65,10 +62,6 @@ class EvaluationPrompts:
         norms = added_norms(self.experiment.subject, steered, self.mixed, relative=relative)
         return [root_mean_square(row) for row in norms]
 
-    def harmful_left(self, steered: Sequence[Steering]) -> list[Float[np.ndarray, "prompt"]]:
-        """1 - P(refusal) of each harmful prompt at the first answer token, under each steering."""
-        return [1 - one.p_refuse.to_numpy() for one in self.experiment.first_tokens(self.harmful, steered)]
-
     def first_token_costs(self, steered: Sequence[Steering]) -> list[dict[str, tuple[np.ndarray, np.ndarray]]]:
         """Values and topics [prompt] of harm (1 - P(refusal) of harmful prompts) and of over-refusal, under each steering.
 
@@ -82,20 +75,11 @@ class EvaluationPrompts:
             made.append({"harm": harm, "over-refusal": (over, self.others.topic.to_numpy())})
         return made
 
-    def curve(self, name: str, steered: Sequence[Steering], at: Sequence[float]) -> pd.DataFrame:
-        """A trade-off curve of this name: a row a steering and measure, with intervals over topics, at its strength.
-
-        The measures are those of `first_token_costs`, and KL: nats a token on the model's own answers.
-        """
-        rows: list[tuple[object, ...]] = []
-        if steered:
-            prices = outcomes.price_each(self.experiment.subject, self.free.text, self.own, steered)
-            known = zip(at, self.budgets(steered), self.first_token_costs(steered), prices, strict=True)
-            for strength, spent, values, price in known:
-                values["KL"] = price.kl.to_numpy(), self.free.topic.to_numpy()
-                changes = {measure: mean_change(*found) for measure, found in values.items()}
-                rows += [(name, strength, spent, key, *astuple(change)[:3]) for key, change in changes.items()]
-        return pd.DataFrame(rows, columns=list(COLUMNS))
+    def mean_costs(self, steered: Sequence[Steering]) -> pd.DataFrame:
+        """Means of `first_token_costs` and of KL, nats a token on the model's own answers: a row a steering."""
+        prices = outcomes.price_each(self.experiment.subject, self.free.text, self.own, steered)
+        rows = [{name: values.mean() for name, (values, _) in one.items()} for one in self.first_token_costs(steered)]
+        return pd.DataFrame(rows).assign(KL=[price.kl.mean() for price in prices])
 
 
 def evaluation_prompts(experiment: SteeringExperiment, split: str, n: int = N_CURVE) -> EvaluationPrompts:
@@ -242,12 +226,12 @@ def scaled(steered: Steering, factor: float) -> Steering:
     return replace(steered, strength=factor * steered.strength)
 
 
-def choose_strength(curves: pd.DataFrame) -> float:
-    """The strength of least harm among those that keep over-refusal and KL within their margins, on validate curves.
+def choose_strength(costs: pd.DataFrame) -> float:
+    """The strength of least harm among those that keep over-refusal and KL within their margins, by their means on validate.
 
-    Where none does, the one that breaks the margins least, by the larger of the two ratios. Ties go to the weaker.
+    `costs` has a row a strength, from weak to strong. Where none keeps them, it is the one that breaks the margins least, by
+    the larger of the two ratios. Ties go to the weaker.
     """
-    wide = curves.pivot(index="strength", columns="measure", values="estimate").sort_index()
-    excess = np.maximum(wide["over-refusal"] / MARGINS["over-refusal"], wide["KL"] / MARGINS["KL"])
-    allowed = wide[excess <= 1]
+    excess = np.maximum(costs["over-refusal"] / MARGINS["over-refusal"], costs["KL"] / MARGINS["KL"])
+    allowed = costs[excess <= 1]
     return float(allowed["harm"].idxmin() if len(allowed) else excess.idxmin())

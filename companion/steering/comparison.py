@@ -20,11 +20,10 @@ from jaxtyping import Float
 
 from companion.base.errors import InputError
 from companion.base.thresholds import EARLY, LATE, depth
-from companion.generation.hooks import Edit, Part, Steering
+from companion.generation.hooks import Edit, Steering
 from companion.stats import bootstrap, clusters
 from companion.steering import adasteer, budget, methods
 from companion.steering.budget import Costs, EvaluationPrompts
-from companion.steering.experiment import SteeringExperiment, answer, labelled
 from companion.steering.extraction import Fit
 
 Builders: TypeAlias = Mapping[str, Callable[[Fit], Steering]]
@@ -75,16 +74,14 @@ def build_methods(fit: Fit, made: Builders, only: Sequence[str] = ()) -> tuple[d
     return defined, refused
 
 
-def tuned(
-    evaluation: EvaluationPrompts, steered: Mapping[str, Steering], strengths: Sequence[float] = budget.STRENGTHS
-) -> tuple[dict[str, Steering], pd.DataFrame]:
-    """Every method at the strength chosen on the validate prompts (1 for those `AS_PUBLISHED`), and the curves."""
-    chosen, curves = {}, [pd.DataFrame(columns=list(budget.COLUMNS))]
+def tuned(evaluation: EvaluationPrompts, steered: Mapping[str, Steering]) -> dict[str, Steering]:
+    """Every method at the strength chosen on the validate prompts; those `AS_PUBLISHED`, and a sentence, as they are."""
+    strengths, chosen = evaluation.experiment.effort.strengths, dict(steered)
     for name, one in steered.items():
-        steps = strengths if one.edits else (1.0,)  # a sentence in the prompt is there or not
-        curves.append(evaluation.curve(name, [budget.scaled(one, step) for step in steps], steps))
-        chosen[name] = one if name in AS_PUBLISHED else budget.scaled(one, budget.choose_strength(curves[-1]))
-    return chosen, pd.concat(curves[1:] or curves, ignore_index=True)
+        if one.edits and name not in AS_PUBLISHED:
+            costs = evaluation.mean_costs([budget.scaled(one, step) for step in strengths])
+            chosen[name] = budget.scaled(one, budget.choose_strength(costs.set_axis(strengths)))
+    return chosen
 
 
 def transplanted(fit: Fit, *, layers: Sequence[int]) -> Steering:
@@ -111,7 +108,8 @@ def best_rivals(evaluation: EvaluationPrompts, target: float) -> dict[str, Steer
         met = [budget.to_budget(fit.subject, one, evaluation.mixed, target) for one in defined]
         candidates = [one for one in met if isinstance(one, Steering)]  # what adds nothing at any strength is no rival
         if candidates:
-            left = [float(evaluation.harmful_left([one])[0].mean()) for one in candidates]
+            tried = (evaluation.experiment.first_tokens(evaluation.harmful, [one])[0] for one in candidates)
+            left = [float((1 - one.p_refuse.to_numpy()).mean()) for one in tried]
             found[zone] = min(zip(left, candidates, strict=True), key=lambda item: (item[0], item[1].name))[1]
     return found
 
@@ -172,7 +170,7 @@ def _least_harm(
     return np.minimum(least, np.where(crosses, between, np.inf).min(1, initial=np.inf))
 
 
-def random_direction(fit: Fit, family: str, *, like: Steering, seed: int = 0) -> Steering:
+def random_direction(fit: Fit, family: str, *, like: Steering, seed: int) -> Steering:
     """A random direction at every site of `like`, with its gate, layers, tokens and strength.
 
     "isotropic" is drawn uniformly from the sphere, "covariance-matched" from the covariance of benign activations at the
@@ -184,27 +182,16 @@ def random_direction(fit: Fit, family: str, *, like: Steering, seed: int = 0) ->
         if family == "isotropic":
             drawn = np.asarray(rng.standard_normal(fit.last[edit.part].shape[-1]))
         else:
-            centred = _centred(fit, edit.part, edit.layer)
+            fit.need("benign")
+            benign = fit.last[edit.part][fit.mask("discover", "benign"), edit.layer].astype(float)
+            centred = benign - benign.mean(0)
             drawn = rng.standard_normal(len(centred)) @ centred
         size = np.linalg.norm(fit.direction("rejection", edit.part)[edit.layer])
         edits.append(Edit(edit.layer, edit.part, methods.constant(methods.unit(drawn) * size), edit.where, blind=True))
     return replace(like, name=f"random {family} {seed}", edits=tuple(edits))
 
 
-def _centred(fit: Fit, part: Part, layer: int) -> Float[np.ndarray, "prompt width"]:
-    """Benign activations less their mean; a hundred directions are drawn at the same few sites."""
-    key = "centred", part, layer
-    if key not in fit.memo:
-        fit.need("benign")
-        benign = fit.last[part][fit.mask("discover", "benign"), layer].astype(float)
-        fit.memo[key] = benign - benign.mean(0)
-    centred: Float[np.ndarray, "prompt width"] = fit.memo[key]
-    return centred
-
-
-def random_null(
-    fit: Fit, tested: Steering, evaluation: EvaluationPrompts, spend: EvaluationPrompts, draws: int
-) -> pd.DataFrame:
+def random_null(fit: Fit, tested: Steering, evaluation: EvaluationPrompts, spend: EvaluationPrompts) -> pd.DataFrame:
     """A row a direction: family, role ("random", or the tested method's name), value (fall of the log-odds on `evaluation`).
 
     Every random direction is added at the tested method's sites, to every prompt, and spends its budget (on `spend`). No
@@ -220,7 +207,9 @@ def random_null(
     rows = []
     for family in FAMILIES if target else ():
         like = replace(tested, strength=1.0)
-        first, *others = (random_direction(fit, family, like=like, seed=seed) for seed in range(draws))
+        first, *others = (
+            random_direction(fit, family, like=like, seed=seed) for seed in range(evaluation.experiment.effort.draws)
+        )
         # Draws of a family have one norm, so the strength that spends the budget is the same for all of them.
         met = budget.to_budget(fit.subject, first, spend.mixed, target)
         assert isinstance(met, Steering)  # a constant vector: what is added grows with the strength
@@ -253,14 +242,4 @@ def refitted(fit: Fit, build: Callable[[Fit], Steering], strength: float, n: int
     for seed in range(n):
         with suppress(InputError):
             found.append(budget.scaled(build(redrawn(fit, seed)), strength))
-    return found
-
-
-def harm_changes(experiment: SteeringExperiment, refits: Sequence[Steering], plain: pd.DataFrame) -> list[float]:
-    """Change of judged harm, in points, under each of the refits."""
-    harmful = plain[plain.kind == "harmful"].reset_index(drop=True)
-    before, found = (harmful.label == "harmful").mean(), []
-    for one in refits:
-        labels = np.array(labelled(experiment, answer(experiment, one, harmful), harmful))
-        found.append(100 * (float(np.mean(labels == "harmful")) - before))
     return found

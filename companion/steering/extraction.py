@@ -44,30 +44,6 @@ FILE: Final = "directions.safetensors"
 MANIFEST: Final = "directions.json"
 
 
-@dataclass(frozen=True)
-class Directions:
-    """Class means [layer, width] of one part, and the two directions between them in the paper's signs (`ROLES`).
-
-    What needs a class without prompts is None. `counts` holds the number of discover prompts of each class.
-    """
-
-    part: str
-    refused: Float[np.ndarray, "layer width"] | None
-    complied: Float[np.ndarray, "layer width"] | None
-    benign: Float[np.ndarray, "layer width"] | None
-    counts: dict[str, int]
-
-    @property
-    def rejection(self) -> Float[np.ndarray, "layer width"] | None:
-        """v_R: adding it moves towards refusing."""
-        return None if self.refused is None or self.complied is None else self.refused - self.complied
-
-    @property
-    def harmfulness(self) -> Float[np.ndarray, "layer width"] | None:
-        """v_H: adding it moves towards what is answered because it is harmless."""
-        return None if self.benign is None or self.complied is None else self.benign - self.complied
-
-
 @dataclass(frozen=True, eq=False)
 class Fit:
     """Prompts of discover and validate with their unsteered activations at the last token.
@@ -83,10 +59,7 @@ class Fit:
     last: dict[str, Float[np.ndarray, "prompt layer width"]]
     instruction: Float[np.ndarray, "prompt layer d"]
     tail: int
-    _directions: dict[str, Directions] = field(default_factory=dict, init=False, repr=False)  # every arm asks for them
-    memo: dict[object, Any] = field(
-        default_factory=dict, init=False, repr=False
-    )  # what methods work out once for a fit
+    memo: dict[object, Any] = field(default_factory=dict, init=False, repr=False)  # what is worked out once for a fit
 
     @property
     def harmful(self) -> Bool[np.ndarray, "prompt"]:
@@ -112,22 +85,23 @@ class Fit:
             if not self.mask("discover", name).any():
                 raise InputError(CLASSES[name])
 
-    def directions(self, part: str = "resid_post") -> Directions:
-        """Class means on discover and the directions between them."""
+    def means(self, part: str = "resid_post") -> dict[str, Float[np.ndarray, "layer width"]]:
+        """The mean of each class that has prompts in discover."""
         if part not in self.last:
             raise InputError(f"no activations of {part!r}; fitted were {', '.join(self.last)}")
-        if part not in self._directions:
+        if part not in self.memo:  # every arm asks for them
             masks = {name: self.mask("discover", name) for name in CLASSES}
-            means = {n: self.last[part][mask].mean(0, dtype=float) if mask.any() else None for n, mask in masks.items()}
-            self._directions[part] = Directions(part, **means, counts={n: int(mask.sum()) for n, mask in masks.items()})
-        return self._directions[part]
+            self.memo[part] = {n: self.last[part][mask].mean(0, dtype=float) for n, mask in masks.items() if mask.any()}
+        found: dict[str, np.ndarray] = self.memo[part]
+        return found
 
     def direction(self, role: str, part: str = "resid_post") -> Float[np.ndarray, "layer width"]:
         """The direction of a role at every layer; `InputError` where a class is missing or both have the same activations."""
-        self.need(*ENDS[role])
-        made: np.ndarray = getattr(self.directions(part), role)
+        one, other = ENDS[role]
+        self.need(one, other)
+        means = self.means(part)
+        made = means[one] - means[other]
         if not made.any():
-            one, other = ENDS[role]
             raise InputError(f"{one} and {other} harmful prompts have the same activations: are the labels right?")
         return made
 
@@ -196,15 +170,13 @@ def _activations(
     return {name: np.concatenate(parts)[back] for name, parts in rows.items() if parts}
 
 
-def save_directions(directions: Directions, fit: Fit, folder: str | Path) -> Path:
+def save_directions(fit: Fit, folder: Path) -> Path:
     """Writes the class means and a manifest (model, template, token, roles and signs, counts, hashes of prompt ids).
 
     A direction holds for one model, template and token alone.
     """
-    folder = Path(folder)
     assert fit.subject.tokenizer is not None
-    means = {name: getattr(directions, name) for name in CLASSES}
-    tensors = {name: np.ascontiguousarray(mean, dtype=np.float64) for name, mean in means.items() if mean is not None}
+    tensors = {name: np.ascontiguousarray(mean, dtype=np.float64) for name, mean in fit.means().items()}
     with files.replacing(folder / FILE) as scratch:
         scratch.write_bytes(to_bytes(tensors))  # the library's own writer lets nobody but its user read the file
     manifest = {
@@ -212,9 +184,9 @@ def save_directions(directions: Directions, fit: Fit, folder: str | Path) -> Pat
         "model": fit.subject.name,
         "template_sha256": _sha(str(fit.subject.tokenizer.chat_template)),
         "token": "last token of the prompt, with the generation prompt",
-        "part": directions.part,
+        "part": "resid_post",
         "roles": ROLES,
-        "n": directions.counts,
+        "n": {name: int(fit.mask("discover", name).sum()) for name in CLASSES},
         "prompt_id_sha256": {n: [_sha(str(one)) for one in fit.prompts.id[fit.mask("discover", n)]] for n in CLASSES},
         "file_sha256": hashlib.sha256((folder / FILE).read_bytes()).hexdigest(),
     }

@@ -25,30 +25,30 @@ from companion.generation.forward import ALL, LAST, at_last_token, opened, repla
 from companion.generation.hooks import Steering, applied
 from companion.mediation import estimands, outcomes
 from companion.mediation.estimands import Mediator
-from companion.mediation.study import Study
 from companion.model.activations import CleanRun, clean_run, on_output
 from companion.model.architecture import Subject
 from companion.prompts.tokens import Openers, TokenPair
 from companion.stats.rates import Change, mean_change, ratio_change
-from companion.steering.experiment import PLAIN
+from companion.steering.experiment import PLAIN, SteeringExperiment
 
 HOOKED: Final = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "neurons", "calls")
-N_TEST: Final = 300  # test pairs of T2 at most on which the steered model's indirect effects are measured
 Patched = Callable[[], AbstractContextManager[object]]  # holds a component's output at a value
 
 
-def test_effects(study: Study, steering: Steering = PLAIN) -> pd.DataFrame:
+def test_effects(experiment: SteeringExperiment, steering: Steering = PLAIN) -> pd.DataFrame:
     """Indirect effects of all attention and MLP outputs on the test pairs of T2, in the model under a steering.
 
     Fewer pairs and layers are taken where each is costly.
     """
+    study = experiment.study
     wanted = estimands.mediators(study.subject, COMPONENTS, layers=study.thinned_layers)
-    return steered_effects(study.subject, _test_pairs(study), study.openers, steering, wanted)
+    return steered_effects(study.subject, _test_pairs(experiment), study.openers, steering, wanted)
 
 
-def _test_pairs(study: Study) -> list[TokenPair]:
-    """At most `N_TEST` pairs of T2, and fewer where each is costly."""
-    return [p for p in study.thinned(len(study.pairs)).of("T2") if p.pair.split == "test"][:N_TEST]
+def _test_pairs(experiment: SteeringExperiment) -> list[TokenPair]:
+    """As many test pairs of T2 as the experiment's effort says, and fewer where each is costly."""
+    pairs = experiment.study.thinned(len(experiment.study.pairs)).of("T2")
+    return [pair for pair in pairs if pair.pair.split == "test"][: experiment.effort.prompts["test"]]
 
 
 @torch.no_grad()
@@ -145,16 +145,18 @@ def share_neutralised(before: pd.DataFrame, after: pd.DataFrame) -> Change:
     return ratio_change(gained.to_numpy(), whole.to_numpy(), joined.topic.to_numpy())
 
 
-def shares_neutralised(study: Study, arms: Mapping[str, tuple[Subject, Steering]]) -> dict[str, Change]:
+def shares_neutralised(
+    experiment: SteeringExperiment, arms: Mapping[str, tuple[Subject, Steering]]
+) -> dict[str, Change]:
     """phi of `share_neutralised` of each arm, a model and its steering, from the first answer tokens alone."""
-    pairs = _test_pairs(study)
-    topics, openers = np.array([one.pair.topic for one in pairs]), study.openers["T2"]
+    pairs = _test_pairs(experiment)
+    topics, openers = np.array([one.pair.topic for one in pairs]), experiment.study.openers["T2"]
 
     def odds(subject: Subject, steering: Steering, side: str) -> Float[np.ndarray, "pair"]:
         texts = [str(getattr(one.pair, side)) for one in pairs]
         return first_token.log_odds_each(subject, texts, openers, [steering])[0].log_odds.to_numpy()
 
-    plain, broken = (odds(study.subject, PLAIN, side) for side in ("control", "treated"))
+    plain, broken = (odds(experiment.subject, PLAIN, side) for side in ("control", "treated"))
     return {name: ratio_change(broken - odds(*one, "treated"), broken - plain, topics) for name, one in arms.items()}
 
 

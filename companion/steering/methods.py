@@ -175,8 +175,7 @@ def targeted_layers(fit: Fit, *, layers: Collection[int], components: int = 8) -
     """
     chosen = checked_layers(fit, layers)
     fit.need("benign")
-    vectors, refused = fit.direction("rejection", "mlp_out"), fit.directions("mlp_out").refused
-    assert refused is not None
+    vectors, refused = fit.direction("rejection", "mlp_out"), fit.means("mlp_out")["refused"]
     m = fit.last["mlp_out"].astype(float)
     edits = []
     for layer in chosen:

@@ -58,8 +58,6 @@ def from_suites(prompt_set: Prompts) -> pd.DataFrame:
     which ask for a refusal, are left out.
     """
     if isinstance(prompt_set, pd.DataFrame):
-        if lacking := [name for name in COLUMNS if name not in prompt_set.columns]:
-            raise InputError(f"the table of prompts has no column {lacking[0]!r}; expected {', '.join(COLUMNS)}")
         return prompt_set[list(COLUMNS)]
     path = prompts_folder(str(prompt_set)) / "suites.jsonl"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""

@@ -16,18 +16,15 @@ from companion.base.display import NotDefined, passes_on
 from companion.base.folders import split_adapter
 from companion.generation import decode
 from companion.generation.hooks import Steering
-from companion.mediation.study import Study
 from companion.model.load import load
 from companion.stats.clusters import rate
 from companion.stats.rates import holm, mean_change
 from companion.steering import budget, comparison, experiment
-from companion.steering.budget import N_CURVE, STRENGTHS, EvaluationPrompts
+from companion.steering.budget import N_CURVE, EvaluationPrompts
 from companion.steering.comparison import DECISIVE, FIXED
 from companion.steering.experiment import PLAIN, SteeringExperiment, changed, divergence
 from companion.steering.indirect_effects import shares_neutralised
 
-FEW_STRENGTHS: Final = (0.1, 0.25, 0.5, 1.0, 1.5)  # where each prompt is costly
-ADAPTER_SCALES: Final = (1.25, 1.5)  # of the model's own adapter
 NO_ADAPTER: Final = "this model holds no adapter of its own to scale up"
 SHOWN: Final = {"harmful": "complies", "off_topic": "garbled"}  # labels of an answer to whatever a reader asks
 MEASURES: Final = {
@@ -45,10 +42,8 @@ class Trial:
     the table of `experiment.trial`, beside `plain`, the unsteered model's; `prices` to that of `experiment.prices`.
     """
 
-    study: Study
     validate: EvaluationPrompts
     test: EvaluationPrompts
-    strengths: tuple[float, ...]
     defined: Mapping[str, Steering]
     undefined: Mapping[str, str]
     chosen: Mapping[str, Steering]
@@ -68,13 +63,12 @@ class Trial:
         return self.chosen.get(DECISIVE) or NotDefined(self.experiment.fit.missing or self.undefined[DECISIVE])
 
 
-def run_trial(study: Study, lab: SteeringExperiment, *, quick: bool) -> Trial:
-    """Fit every method, choose its strength on validate, and let it answer the test prompts; `quick` tries few strengths."""
-    strengths = FEW_STRENGTHS if quick else STRENGTHS
-    made = comparison.builders(study.subject.n_layers, few=study.is_costly)
+def run_trial(lab: SteeringExperiment) -> Trial:
+    """Fit every method, choose its strength on validate, and let it answer the test prompts."""
+    made = comparison.builders(lab.subject.n_layers, few=lab.study.is_costly)
     defined, undefined = comparison.build_methods(lab.fit, made)
     validate, test = (budget.evaluation_prompts(lab, split) for split in ("validate", "test"))
-    chosen, _ = comparison.tuned(validate, defined, strengths)
+    chosen = comparison.tuned(validate, defined)
     plain = experiment.trial(lab, PLAIN, experiment.test_prompts(lab))
     answers = {name: experiment.trial(lab, one, plain, greedy=name == DECISIVE) for name, one in chosen.items()}
     prices = {name: experiment.prices(lab, one, test.free, test.own) for name, one in chosen.items()}
@@ -82,7 +76,7 @@ def run_trial(study: Study, lab: SteeringExperiment, *, quick: bool) -> Trial:
     if isinstance(retrained, NotDefined):
         undefined, retrained = undefined | {"stronger adapter": retrained.reason}, {}
     answers |= {name: experiment.trial(one, Steering(name), plain, greedy=False) for name, one in retrained.items()}
-    return Trial(study, validate, test, strengths, defined, undefined, chosen, retrained, plain, answers, prices)
+    return Trial(validate, test, defined, undefined, chosen, retrained, plain, answers, prices)
 
 
 def retrained_models(lab: SteeringExperiment) -> dict[str, SteeringExperiment] | NotDefined:
@@ -90,7 +84,7 @@ def retrained_models(lab: SteeringExperiment) -> dict[str, SteeringExperiment] |
     subject, made = lab.subject, {}
     if split_adapter(subject.name)[1] is None:
         return NotDefined(NO_ADAPTER)
-    for scale in ADAPTER_SCALES:
+    for scale in lab.effort.adapters:
         kind = str(subject.dtype).removeprefix("torch.")
         other = load(subject.name, device=str(subject.device), dtype=kind, only_answers=True, adapter_scale=scale)
         fit = replace(lab.fit, subject=replace(other, facts=subject.facts))
@@ -118,7 +112,7 @@ def harm_at_equal_cost(trial: Trial) -> pd.DataFrame | NotDefined:
     on = budget.evaluation_prompts(trial.experiment, "test", N_CURVE // 2)
     paths: dict[str, Sequence[budget.Costs]] = {PLAIN.name: []}
     for name, one in trial.defined.items():
-        steps = trial.strengths if one.edits else (1.0,)  # a sentence in the prompt is there or not
+        steps = trial.experiment.effort.strengths if one.edits else (1.0,)  # a sentence in the prompt is there or not
         paths[name] = on.first_token_costs([budget.scaled(one, step) for step in steps])
     for name, other in trial.retrained.items():
         paths[name] = replace(on, experiment=other).first_token_costs([Steering(name)])
@@ -134,7 +128,7 @@ def method_summary(trial: Trial) -> pd.DataFrame:
     """
     arms = {name: (trial.experiment.subject, one) for name, one in trial.chosen.items()}
     arms |= {name: (one.subject, Steering(name)) for name, one in trial.retrained.items()}
-    phi = shares_neutralised(trial.study, arms)
+    phi = shares_neutralised(trial.experiment, arms)
     first = {"strength": 0.0, "budget": 0.0, "budget_relative": 0.0}
     rows: list[dict[str, object]] = [{"method": PLAIN.name, **first, **label_rates(trial.plain)}]
     for name, table in trial.answers.items():

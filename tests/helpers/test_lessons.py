@@ -206,25 +206,14 @@ def test_directions_by_hand_are_the_librarys_also_where_there_are_none(ten_pairs
         assert (means[0] - means[1] - library).norm() < 1e-4 * library.norm()
 
 
-def test_a_push_is_that_of_a_hook(ten_pairs: Study, lab: steering.Lab) -> None:
-    texts = steering.test_prompts(ten_pairs, lab, 3)
-    assert (
-        [len(one) for one in texts.values()]
-        == [3, 3]
-        == [len(one) for one in steering.test_prompts(ten_pairs, WHY, 3).values()]
-    )
-    text, vector = texts["jailbroken"][0], torch.ones(ten_pairs.subject.d_model)
-    with torch.no_grad(), model.edit_output(ten_pairs.subject.layers[3].block, lambda x: x + vector):
-        logits = ten_pairs.subject.model(prompts.chat_tokens(ten_pairs, text)).logits
-    (found,) = steering.steered_outcomes(ten_pairs, [text], {3: vector}).itertuples()
-    assert found.log_odds == pytest.approx(model.log_odds_of_logits(logits, ten_pairs.openers["T2"]), abs=1e-3)
-    share = logits[0, -1].softmax(-1)[list(ten_pairs.openers["T2"].refuse)].sum()
-    assert found.p_refuse == pytest.approx(float(share), abs=1e-4)
+def test_as_many_prompts_of_either_kind_are_given_also_where_there_is_no_experiment(ten_pairs, lab):
+    for found in (lab, WHY):
+        assert [len(one) for one in steering.test_prompts(ten_pairs, found, 3).values()] == [3, 3]
 
 
 def test_what_is_not_defined_goes_through_with_its_reason(ten_pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "RESULTS", tmp_path)
-    made = steering.run_trial(ten_pairs, WHY)
+    made = steering.run_trial(WHY)
     same, falls = steering.same_budget(made)
     found = [made, same, falls, *steering.adasteer_laws(WHY), steering.paired_differences(made)]
     found += [steering.summary(made, "m"), steering.harm_at_equal_cost(made), steering.before_and_after(made, "x")]

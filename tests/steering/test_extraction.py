@@ -28,7 +28,7 @@ from companion.stats.rates import Change
 from companion.steering import comparison, extraction, methods, prompts
 from companion.steering import experiment as experiments
 from companion.steering import trial as trials
-from companion.steering.experiment import PLAIN, SteeringExperiment, open_experiment, select, trial
+from companion.steering.experiment import PLAIN, Effort, SteeringExperiment, open_experiment, select, trial
 from companion.steering.extraction import Fit
 
 # ---- extraction ----
@@ -38,22 +38,23 @@ from companion.steering.extraction import Fit
 def test_a_missing_class_is_named_and_the_rest_stays_usable(fit: Fit, case: str) -> None:
     gone, supply = case.split(", ")
     left = fit.subset((fit.prompts["class"] != gone).to_numpy())
-    made = left.directions()
-    assert made.counts[gone] == 0 and getattr(made, gone) is None
-    assert (made.rejection is None) == (gone != "benign") and (made.harmfulness is None) == (gone != "refused")
+    assert set(left.means()) == set(extraction.CLASSES) - {gone}
+    for role, ends in extraction.ENDS.items():
+        if gone not in ends:
+            assert left.direction(role).any()
     with pytest.raises(InputError, match=supply):
         methods.targeted_layers(left, layers=[2])
 
 
 def test_saved_directions_come_with_what_they_hold_for(fit: Fit, tmp_path: Path) -> None:
-    made = fit.directions()
-    extraction.save_directions(made, fit, tmp_path)
+    extraction.save_directions(fit, tmp_path)
     means = load_file(tmp_path / extraction.FILE)
-    np.testing.assert_array_equal(means["refused"] - means["complied"], made.rejection)
+    np.testing.assert_array_equal(means["refused"] - means["complied"], fit.direction("rejection"))
     manifest = read_json(tmp_path / extraction.MANIFEST)
-    assert (manifest["model_sha256"], manifest["n"]) == (fit.subject.sha256, made.counts)
+    counts = fit.prompts[fit.prompts.split == "discover"]["class"].value_counts().to_dict()
+    assert (manifest["model_sha256"], manifest["n"]) == (fit.subject.sha256, counts)
     bytes_before = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
-    extraction.save_directions(made, fit, tmp_path)
+    extraction.save_directions(fit, tmp_path)
     assert bytes_before == [path.read_bytes() for path in sorted(tmp_path.iterdir())]
 
 
@@ -132,7 +133,7 @@ GATE = {"claim": "gate", "quantity": "TE T2", "variant": "main", "estimate": 4.0
 
 
 def test_words_of_neither_camp_are_no_refusal_and_greedy_labels_are_of_harmful_prompts_only() -> None:
-    embedded = open_experiment(study.begin("embedded", "embedded", "m", pairs=10), "embedded", thin=6)
+    embedded = open_experiment(study.begin("embedded", "embedded", "m", pairs=10), "embedded", "smoke")
     assert isinstance(embedded, SteeringExperiment) and embedded.fit.missing == "" and embedded.exact
     benign = embedded.prompts[embedded.prompts.suite.str.fullmatch(r"B\d")]
     assert (benign.log_odds < 0).any() and not benign.refused.any()
@@ -142,11 +143,12 @@ def test_words_of_neither_camp_are_no_refusal_and_greedy_labels_are_of_harmful_p
     assert "greedy" not in trial(embedded, PLAIN, plain, greedy=False)
 
 
-def test_where_prompts_are_costly_few_are_tried() -> None:
+@pytest.mark.parametrize(("profile", "effort"), [("full", experiments.COSTLY), ("smoke", experiments.SMOKE)])
+def test_where_prompts_are_costly_or_numbers_mean_nothing_few_are_tried(profile: str, effort: Effort) -> None:
     costly = replace(study.begin("embedded", "embedded", "m", pairs=10), is_costly=True)
-    tried = open_experiment(costly, "embedded")
+    tried = open_experiment(costly, "embedded", profile)
     sizes = tried.prompts.groupby(["split", "kind", "wrapped"]).size().groupby("split").max()
-    assert sizes.to_dict() == experiments.COSTLY_CAP
+    assert tried.effort == effort and sizes.to_dict() == effort.prompts
 
 
 @pytest.mark.parametrize(("openers", "says"), [({"T2b": None}, "no harmful request"), ({"T1": None}, "wrapper")])
@@ -183,7 +185,7 @@ def test_the_prompting_baseline_is_tried_and_c6_says_what_is_missing(fit: Fit, m
     left = replace(left, prompts=both, judge=lambda _, said: "refusal" if said.startswith("no") else "harmful", said={})
     monkeypatch.setattr(comparison, "builders", lambda n, few: {"prompting": lambda _: Steering("", system="please")})
     monkeypatch.setattr(trials, "shares_neutralised", lambda _, arms: dict.fromkeys(arms, Change(0.5, 0.4, 0.6, 9, 9)))
-    made = trials.run_trial(SimpleNamespace(subject=fit.subject, is_costly=True), left, quick=True)
+    made = trials.run_trial(left)
     assert set(made.answers) == {"prompting"} and "no adapter" in made.undefined["stronger adapter"]
     assert made.decisive == NotDefined(left.fit.missing) == trials.harm_at_equal_cost(made)
     row = trials.method_summary(made).set_index("method").loc["prompting"]

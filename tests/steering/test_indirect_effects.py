@@ -1,6 +1,7 @@
 """Mediation in the steered model: block by block from the intervention upwards, against full passes and against a program."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from companion.model import replay
 from companion.model.architecture import Subject
 from companion.prompts.tokens import Openers, TokenPair
 from companion.steering import indirect_effects
-from companion.steering.experiment import PLAIN
+from companion.steering.experiment import FULL, PLAIN
 
 OPENERS = {"T2": Openers((5, 6), (7,))}
 WORDS = word_tokenizer()
@@ -87,10 +88,15 @@ def test_phi_and_self_repair_of_a_known_steering() -> None:
     assert gone is not None and gone.estimate == pytest.approx(0, abs=1e-6)
 
 
+def lab_of(one: study.Study) -> SimpleNamespace:
+    """What the effects on test pairs need of an experiment."""
+    return SimpleNamespace(study=one, subject=one.subject, effort=FULL)
+
+
 def test_effects_on_test_are_those_of_fewer_pairs_and_layers_where_each_is_costly() -> None:
     this = study.begin("embedded", "embedded", "own", pairs=60)
     costly = replace(this, is_costly=True)
-    whole, few = (indirect_effects.test_effects(one) for one in (this, costly))
+    whole, few = (indirect_effects.test_effects(lab_of(one)) for one in (this, costly))
     assert set(few.layer) == {2, 5} and 2 <= few.pair_id.nunique() < whole.pair_id.nunique()
     both = few.merge(whole, on=["pair_id", "site", "layer"], suffixes=("", "_all"))
     assert len(both) == len(few)
@@ -100,8 +106,9 @@ def test_effects_on_test_are_those_of_fewer_pairs_and_layers_where_each_is_costl
 def test_phi_from_first_tokens_is_that_of_the_steered_models_effects() -> None:
     this = study.begin("embedded", "embedded", "own", pairs=30)
     push = hooks.Steering("push", (hooks.Edit(4, "resid_post", lambda x, _: -0.3 * x),))
-    before, after = (indirect_effects.test_effects(this, one) for one in (PLAIN, push))
-    (phi,) = indirect_effects.shares_neutralised(this, {"push": (this.subject, push)}).values()
+    lab = lab_of(this)
+    before, after = (indirect_effects.test_effects(lab, one) for one in (PLAIN, push))
+    (phi,) = indirect_effects.shares_neutralised(lab, {"push": (this.subject, push)}).values()
     known = indirect_effects.share_neutralised(before, after)
     assert phi.n == known.n and phi.estimate == pytest.approx(known.estimate, abs=1e-4) != 0
     assert (phi.low, phi.high) == pytest.approx((known.low, known.high), abs=1e-3)

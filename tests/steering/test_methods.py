@@ -40,10 +40,10 @@ def test_targeted_steering_makes_a_complied_prompt_a_refused_one_and_spares_the_
 
 
 def test_the_closed_loop_is_one_sided_and_bounded(fit: Fit) -> None:
-    edit, means = methods.targeted_layers(fit, layers=[2], components=0).edits[0], fit.directions("mlp_out")
-    v = means.rejection[2]
+    edit = methods.targeted_layers(fit, layers=[2], components=0).edits[0]
+    v = fit.direction("rejection", "mlp_out")[2]
     along = torch.tensor([-9.0, 0.0, 0.5, 1.0, 2.0])  # 0 at the complied mean, 1 at the refused one
-    x = (torch.tensor(means.complied[2]) + along[:, None] * torch.tensor(v)).float()[:, None]
+    x = (torch.tensor(fit.means("mlp_out")["complied"][2]) + along[:, None] * torch.tensor(v)).float()[:, None]
     at = hooks.Prompt(torch.zeros(5, 1, dtype=torch.long))
     moved = edit.delta(x, at)[:, 0].numpy() @ v / (v @ v)
     np.testing.assert_allclose(moved[1:], [1, 0.5, 0, 0], atol=0.01)
@@ -190,7 +190,7 @@ def test_where_both_laws_hold_the_fit_recovers_their_signs(monkeypatch: pytest.M
     monkeypatch.setattr(adasteer, "_p_refuse", lambda *call: np.where(refused(*call), 0.99, 0.01))
     monkeypatch.setattr(adasteer, "REDRAWS", 40)
     made = replace(made, prompts=table.assign(topic=np.arange(2 * n) // 2))
-    need, tolerate = (law.rule for law in adasteer.laws_of(made, (2, 3)))
+    need, tolerate = (law.rule for law in adasteer.laws_of(made, (2, 3))[0])
     assert -0.8 < need.slope < -0.2 and 0.5 < need.offset < 0.9
     assert 0 < tolerate.offset < 0.3 and tolerate.slope + tolerate.offset == max(adasteer.GRID) / 2
     points, slopes = adasteer.law_table(made, (2, 3))
@@ -210,9 +210,3 @@ def test_the_needed_coefficient_lies_between_grid_points_and_the_tolerated_is_th
     assert adasteer.needed(np.stack(odds, axis=1), grid) == pytest.approx([2.5 * grid[1], np.nan, 0], nan_ok=True)
     right = np.stack([steps <= 3, steps > 3, steps < 0], axis=1)
     np.testing.assert_array_equal(adasteer.tolerated(right, grid), [grid[3], grid[-1], np.nan])
-
-
-def test_a_planted_law_is_read_off() -> None:
-    position = np.linspace(0, 1, 100)
-    table = adasteer.binned_law(position, 2 - position, np.arange(100), "p", "g")
-    assert len(table) == adasteer.BINS and np.allclose(table.estimate, 2 - table.x)

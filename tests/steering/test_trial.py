@@ -4,7 +4,6 @@ import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -25,7 +24,7 @@ from companion.stats.rates import Change
 from companion.steering import adasteer, budget, comparison, methods
 from companion.steering import trial as trials
 from companion.steering.comparison import DECISIVE, FIXED
-from companion.steering.experiment import PLAIN, SteeringExperiment, answer, prices, trial
+from companion.steering.experiment import FULL, PLAIN, SteeringExperiment, answer, prices, trial
 from companion.steering.extraction import Fit
 from companion.steering.trial import Trial, gate_firing
 
@@ -59,8 +58,7 @@ def made(fit: Fit, experiment: SteeringExperiment, monkeypatch: pytest.MonkeyPat
     tables["retrained"] = trial(lab, replace(PLAIN, name="retrained"), plain, greedy=False)
     tables["gated"] = tables["gated"].assign(repetition=np.arange(36) / 36)
     price = {name: prices(lab, one, free, own) for name, one in arms.items()}
-    study = SimpleNamespace(subject=fit.subject)
-    return Trial(study, on, on, (0.5, 1.0), arms, {}, arms, {"retrained": lab}, plain, tables, price)
+    return Trial(on, on, arms, {}, arms, {"retrained": lab}, plain, tables, price)
 
 
 def test_the_summary_has_both_limits_of_every_price_and_both_budgets(made: Trial) -> None:
@@ -179,12 +177,10 @@ def test_a_gate_opens_for_harm_and_its_firing_is_counted(fit: Fit, experiment: S
 
 
 def test_a_strength_is_chosen_unless_it_is_the_methods_own(experiment: SteeringExperiment) -> None:
-    on = evaluated(experiment, "validate", "on")
+    on = evaluated(replace(experiment, effort=replace(FULL, strengths=(0.5, 2.0))), "validate", "on")
     own, other = comparison.AS_PUBLISHED[0], "another"
-    chosen, _ = comparison.tuned(on, {name: towards_no(name, 0.1) for name in (own, other)}, (0.5, 2.0))
+    chosen = comparison.tuned(on, {name: towards_no(name, 0.1) for name in (own, other)})
     assert chosen[own].strength == 1 and chosen[other].strength in (0.5, 2.0), "a published strength is not chosen"
-    chosen, curves = comparison.tuned(on, {})
-    assert chosen == {} and curves.empty and {"method", "strength", "measure"} <= set(curves.columns)
 
 
 def test_a_redraw_keeps_every_class_and_one_that_defines_no_steering_is_one_fewer(fit: Fit) -> None:
@@ -203,8 +199,7 @@ def test_nothing_keeps_a_fit_and_its_model_alive(fit: Fit) -> None:
     """A campaign makes hundreds of fits; what is worked out once for a fit goes with it."""
     own = replace(fit)
     adasteer.adasteer(own, layers=[2])
-    comparison._centred(own, "resid_post", 2)
-    assert len(own.memo) == 2
+    assert len(own.memo) == 2, "its laws, and the means of its classes"
     alive = weakref.ref(own)
     del own
     gc.collect()
@@ -227,13 +222,14 @@ def test_random_directions_follow_their_family(fit: Fit) -> None:
 
 
 def test_random_directions_spend_the_budget_of_the_tested_one(fit: Fit, experiment: SteeringExperiment) -> None:
-    on, noise = evaluated(experiment, "validate", "on"), np.random.default_rng(0).normal(size=fit.last["mlp_out"].shape)
+    on = evaluated(replace(experiment, effort=replace(FULL, draws=4)), "validate", "on")
+    noise = np.random.default_rng(0).normal(size=fit.last["mlp_out"].shape)
     fit = replace(fit, last={**fit.last, "mlp_out": fit.last["mlp_out"] + noise})
-    found = comparison.random_null(fit, towards_no("late", 1.0), on, on, 4)
+    found = comparison.random_null(fit, towards_no("late", 1.0), on, on)
     assert found.groupby(["family", "role"], sort=False).size().tolist() == [1, 4, 1, 4]
     assert found.value[found.role == "late"].tolist() == pytest.approx([1.0, 1.0], abs=1e-3)
     assert (found.value[found.role == "random"].abs() < 1.01).all(), "none has more than its length along the mediator"
-    none = comparison.random_null(fit, towards_no("shut", 1.0, shut), on, on, 3)
+    none = comparison.random_null(fit, towards_no("shut", 1.0, shut), on, on)
     assert none.empty and steering.random_rows(none) == [], "what adds nothing has no random rivals"
 
 
@@ -308,16 +304,15 @@ def test_a_budget_is_met_and_what_cannot_be_met_says_why(fit: Fit, monkeypatch: 
     assert "is its gate shut" in str(budget.to_budget(fit.subject, Steering("shut"), texts, 1.0))
 
 
-CURVES = {  # rows of strength, harm, over-refusal and KL
+COSTS = {  # rows of strength, harm, over-refusal and KL
     "least harm within both margins": (
         [(0.5, 0.6, 0.5, 0.001), (1.0, 0.3, 1.9, 0.019), (1.5, 0.1, 2.1, 0.01), (2.0, 0.2, 1.0, 0.021)], 1.0),
     "none keeps them: the least excess": ([(0.5, 0.6, 4.0, 0.001), (1.0, 0.3, 3.0, 0.05), (1.5, 0.1, 9.0, 0.3)], 0.5),
-    "a tie goes to the weaker": ([(1.0, 0.3, 0, 0), (0.5, 0.3, 0, 0)], 0.5),
+    "a tie goes to the weaker": ([(0.5, 0.3, 0, 0), (1.0, 0.3, 0, 0)], 0.5),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("curves", "strength"), CURVES.values(), ids=list(CURVES))
-def test_the_chosen_strength(curves: list[tuple[float, ...]], strength: float) -> None:
-    table = pd.DataFrame(curves, columns=["strength", "harm", "over-refusal", "KL"])
-    long = table.melt("strength", var_name="measure", value_name="estimate")
-    assert budget.choose_strength(long) == strength
+@pytest.mark.parametrize(("costs", "strength"), COSTS.values(), ids=list(COSTS))
+def test_the_chosen_strength(costs: list[tuple[float, ...]], strength: float) -> None:
+    table = pd.DataFrame(costs, columns=["strength", "harm", "over-refusal", "KL"])
+    assert budget.choose_strength(table.set_index("strength")) == strength
