@@ -111,7 +111,7 @@ class Design:
 
 def design(is_costly: bool) -> Design:
     """The shipped English set as a run chooses from it: what a costly model takes unasked, or all there is."""
-    chosen = chosen_pairs(load_set("english"), 0, FEWEST if is_costly else 0)
+    chosen = chosen_pairs(load_set("english"), FEWEST if is_costly else 0)
     few = subsample(chosen, ROBUST if is_costly else CONTROL_PAIRS)
     used, twin = (Counter(_kind(p) for p in some if not is_costly or p.split != "validate") for some in (chosen, few))
     return Design(used, {kind: n for kind, n in twin.items() if kind != "B" or not is_costly}, is_costly)

@@ -17,6 +17,7 @@ import torch
 
 from companion.base import paths
 from companion.base.display import NotDefined
+from companion.base.errors import InputError
 from companion.base.thresholds import COMPONENTS, UNTRAINED
 from companion.mediation import estimands, outcomes
 from companion.model import memory, replay
@@ -25,13 +26,14 @@ from companion.model.architecture import Subject, find_parts
 from companion.model.interventions import Patch, position_mask
 from companion.model.load import check_fit, load, untrained_twin
 from companion.prompts import pairs, positions, tokens
-from companion.prompts.pairs import Pair, PromptSet, load_set, pairs_asked, subsample
+from companion.prompts.pairs import MIN_PAIRS, Pair, PromptSet, load_set, subsample
 from companion.prompts.tokens import Openers, TokenPair
 
 CONTROL_PAIRS = 120  # a treatment: in the default set one for each topic
 NOISE_PAIRS = 16  # of the noise floor
 BUDGET = 4.8e13  # operations that the sweeps of layers, modules and heads may take unasked (`memory.operations`)
 FEWEST = 72  # pairs a treatment, whatever they cost: with one a topic, 22 topics in the test split
+SMOKE, COSTLY_SMOKE = 24, (8, 4)  # pairs a treatment in the smoke profile; where each is costly, also a benign behaviour's
 ROBUST = 30  # pairs a treatment, where each is costly, of what only supports a verdict, such as control models
 
 
@@ -100,13 +102,18 @@ def affordable_pairs(subject: Subject, content: PromptSet) -> int:
     return 0 if n >= max(counts.values()) else n
 
 
-def chosen_pairs(content: PromptSet, asked: int, affordable: int) -> tuple[Pair, ...]:
-    """The pairs of a study: as many a treatment as were asked for, else what is affordable, of benign behaviours `ROBUST`."""
-    chosen = subsample(content.pairs, asked or affordable)
+def chosen_pairs(content: PromptSet, affordable: int, profile: str = "full", asked: int = 0) -> tuple[Pair, ...]:
+    """The pairs of a study: as many a treatment as were asked for, else what is affordable or, in the smoke profile, few.
+
+    Where pairs are costly, a benign behaviour, which is a comparison, has fewer. Raises InputError if too few were asked for.
+    """
+    if asked and asked < MIN_PAIRS:
+        raise InputError(f"--pairs {asked}: at least {MIN_PAIRS} pairs a treatment are needed (0 means all)")
     if asked or not affordable:
-        return chosen
-    few = {pair.id for pair in subsample(content.pairs, ROBUST)}
-    return tuple(pair for pair in chosen if pair.treatment[0] != "B" or pair.id in few)
+        return subsample(content.pairs, asked or (SMOKE if profile == "smoke" else 0))
+    n, n_benign = COSTLY_SMOKE if profile == "smoke" else (affordable, ROBUST)
+    few = {pair.id for pair in subsample(content.pairs, n_benign)}
+    return tuple(pair for pair in subsample(content.pairs, n) if pair.treatment[0] != "B" or pair.id in few)
 
 
 def begin(
@@ -115,12 +122,12 @@ def begin(
 ) -> Study:  # fmt: skip
     """Load the model and the prompt set, tokenise the pairs, and find the answer openers.
 
-    `pairs` bounds the pairs a treatment (0: `affordable_pairs`; 24 in the smoke profile).
+    `pairs` bounds the pairs a treatment (0: `affordable_pairs`, or few in the smoke profile).
     """
     subject = load(model, device=device, dtype=dtype)
     content = load_set(prompt_set)
     affordable = affordable_pairs(subject, content)
-    chosen = chosen_pairs(content, pairs_asked(pairs, profile), affordable)
+    chosen = chosen_pairs(content, affordable, profile, pairs)
     kept, _ = tokens.tokenize(chosen, subject.tokenizer)
     sides = [side for pair in kept for side in (pair.control, pair.treated)]
     longest = max(len(side) for side in sides) + outcomes.STEPS

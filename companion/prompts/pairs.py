@@ -25,7 +25,6 @@ from companion.base.paths import PROMPTS
 SPLITS = ("discover", "validate", "test")
 SPLIT_SHARES = (0.4, 0.3, 0.3)
 MIN_PAIRS = 10
-SMOKE_PAIRS = 24  # a treatment, in the smoke profile
 REQUIRED = ("id", "treatment", "topic", "control", "treated")
 OPTIONAL = ("twin", "family", "split", "spans")
 TREATMENT = re.compile(r"T1|T2|T2b|B[1-9]\d*")
@@ -241,21 +240,10 @@ def _splits(pairs: Sequence[Pair], path: Path) -> dict[str, str]:
 # ---- fewer pairs ----
 
 
-def pairs_asked(pairs: int, profile: str) -> int:
-    """How many pairs a treatment a run takes at most (0: all).
-
-    >>> pairs_asked(0, "full"), pairs_asked(0, "smoke"), pairs_asked(50, "smoke")
-    (0, 24, 50)
-    """
-    return pairs or (SMOKE_PAIRS if profile == "smoke" else 0)
-
-
 def subsample(pairs: Sequence[Pair], n: int) -> tuple[Pair, ...]:
     """At most `n` pairs a treatment (0: all), in the order of the file, split 40/30/30, twins kept with their pairs."""
     if n == 0:
         return tuple(pairs)
-    if n < MIN_PAIRS:
-        raise InputError(f"--pairs {n}: at least {MIN_PAIRS} pairs a treatment are needed (0 means all)")
     cuts = np.rint(np.cumsum((0, *SPLIT_SHARES)) * n).astype(int)
     quota = dict(zip(SPLITS, np.diff(cuts).tolist(), strict=True))
     twins = {pair.twin for pair in _first(pairs, quota, "T2") if pair.twin}

@@ -238,7 +238,7 @@ def resolve_device(name: str) -> str:
 
 def check_pairs(model: str, prompts: str, pairs: int, profile: str) -> list[str]:
     """Read and tokenize the prompt set; returns what a user should know of it, or `InputError` for what a run cannot use."""
-    from companion.prompts.pairs import load_set, pairs_asked
+    from companion.prompts.pairs import load_set
 
     prompt_set = load_set(prompts_folder(prompts))  # first: it needs no model stack and finds most mistakes
     import torch
@@ -252,7 +252,7 @@ def check_pairs(model: str, prompts: str, pairs: int, profile: str) -> list[str]
     tokenizer = load_tokenizer(folder)
     shapes = memory.on_meta(folder, torch.float32)
     affordable = study.affordable_pairs(shapes, prompt_set)
-    chosen = study.chosen_pairs(prompt_set, pairs_asked(pairs, profile), affordable)
+    chosen = study.chosen_pairs(prompt_set, affordable, profile, pairs)
     usable, dropped = tokens.tokenize(chosen, tokenizer)
     openers = tokens.openers(prompt_set, tokenizer, shapes.unembedding[0].shape[0])
     reasons = "".join(f", {count} dropped: {reason}" for reason, count in sorted(dropped.items()))

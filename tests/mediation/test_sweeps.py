@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from oracles import tiny_study
 
 from companion.base import paths
 from companion.base.display import NotDefined
+from companion.base.errors import InputError
 from companion.base.thresholds import COMPONENTS
 from companion.generation import outcomes as read_outcomes
 from companion.mediation import study, sweeps
@@ -151,6 +153,11 @@ def test_a_costly_model_takes_few_pairs_and_fewer_where_no_verdict_rests(monkeyp
     swept = [pair for group in sweeps.sweep_batches(costly, "whole answers") for pair in group]
     assert {pair.pair.split for pair in swept} == {"discover", "test"}
     assert len(costly.of("T1")) == 72 and main.topic.nunique().min() >= 20 and len(costly.of("B1")) == study.ROBUST
+    asked = [Counter(p.treatment for p in study.chosen_pairs(content, n, "smoke")) for n in (0, 72)]
+    assert [(found["T2"], found["B1"]) for found in asked] == [(24, 24), (8, 4)]
+    for n in (-1, 1, 9):
+        with pytest.raises(InputError, match=f"--pairs {n}: at least 10 pairs"):
+            study.chosen_pairs(content, 72, asked=n)
     assert len(study.begin("embedded", "embedded", "own", pairs=100).of("T1")) == 100
     assert costly.thinned_layers == (2, 5) and len(costly.thinned(120).of("T1")) == study.ROBUST
     twin = study.control_study(costly, "embedded", "own (untrained)")
