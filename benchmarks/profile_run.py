@@ -1,10 +1,10 @@
 """Where the minutes of a whole run go, by notebook and by kind of work.
 
     python -m benchmarks.profile_run                                    # the default run: about an hour on one core
-    python -m benchmarks.profile_run --model embedded --profile smoke   # flags as those of ./run_all.sh: --only, --pairs
+    python -m benchmarks.profile_run --model embedded --profile smoke   # flags as those of ./run_all.sh: --only, --jobs 2
 
-Each notebook's cells run in a process of their own, one at a time, while a thread looks at the main thread's stack every
-10 ms. Results: results/benchmarks/profile.csv and a figure; of any other run under its own name.
+Each notebook's cells run in a process of their own, one at a time unless --jobs says more, while a thread looks at the
+main thread's stack every 10 ms. Results: results/benchmarks/profile.csv and a figure; of any other run under its own name.
 """
 
 import json
@@ -16,6 +16,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,23 +50,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags = cli.parse(list(sys.argv[1:] if arguments is None else arguments))
     found = settings.fetched(cli.parameters(flags, settings.resolve_device(flags.device)), flags.wrappers)
     paths = runner.find_notebooks()
-    rows = []
-    with tempfile.TemporaryDirectory() as scratch:
+    rows, asked = [], dict[str, Future[dict[str, float]]]()
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(flags.jobs or 1) as pool:
         for number in runner.with_needs(cli.chosen_notebooks(flags.only), paths):
-            seconds = _profiled(paths[number], found, Path(scratch))
-            rows += [{"notebook": number, "kind": kind, "seconds": seconds.get(kind, 0.0)} for kind in KINDS]
+            needed = [asked[need] for need in runner.NEEDS[number]]
+            asked[number] = pool.submit(_profiled, paths[number], found, Path(scratch), needed)
+        for number, one in asked.items():
+            rows += [{"notebook": number, "kind": kind, "seconds": one.result().get(kind, 0.0)} for kind in KINDS]
     name = "profile" if found == runner.DEFAULTS and flags.only is None else f"profile_{found['SLUG']}"
     print(draw.save_profile(rows, name).round(1).to_string())
 
 
-def _profiled(path: Path, found: Mapping[str, Any], scratch: Path) -> dict[str, float]:
-    """Seconds by kind of one notebook, run with the variables that the runner gives it."""
+def _profiled(
+    path: Path, found: Mapping[str, Any], scratch: Path, needed: Sequence[Future[dict[str, float]]]
+) -> dict[str, float]:
+    """Seconds by kind of one notebook, run once those that it needs have ended, with the variables that the runner gives it."""
+    for one in needed:
+        one.result()
     variables = notebooks.environment(scratch / "results", scratch / "figures", scratch)
     variables |= notebooks.threads(found["MODEL"]) | {"MPLBACKEND": "agg"}
-    words = [str(path), json.dumps(dict(found)), str(scratch / "seconds.json")]
+    words = [str(path), json.dumps(dict(found)), str(scratch / f"{path.stem}.json")]
     code = "import sys; from benchmarks import profile_run; profile_run.sample(*sys.argv[1:])"
     subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, env=variables, stdout=subprocess.DEVNULL, check=True)
-    return dict(json.loads((scratch / "seconds.json").read_text()))
+    return dict(json.loads((scratch / f"{path.stem}.json").read_text()))
 
 
 def sample(path: str, parameters: str, target: str) -> None:

@@ -35,12 +35,12 @@ from companion.run.notebooks import Notebook, read_notebook
 # and prompts as checked. 00 is the first to read and the last to run: it shows one pair, and reports the run.
 NEEDS: dict[str, tuple[str, ...]] = {
     "01": (),
-    "02": ("01",),
-    "03": ("02",),
-    "04": ("01",),
-    "04b": ("04",),
-    "05": ("01",),
     "06": ("01",),
+    "05": ("01",),
+    "02": ("01",),
+    "04": ("01",),
+    "03": ("02",),
+    "04b": ("04",),
     "07": (),
     "08": ("02", "03", "04", "04b", "05", "06", "07"),
     "00": ("08",),
