@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from operator import eq
 
@@ -39,7 +39,7 @@ ROBUST = 30  # pairs a treatment, where each is costly, of what only supports a 
 
 @dataclass(frozen=True)
 class Study:
-    """Everything a measurement needs. `twins` maps a T2 pair to its T2b pair.
+    """Everything a measurement needs. `twins` maps a T2 pair to its T2b pair; `dropped` counts unusable pairs by reason.
 
     `judge` labels an answer to a request by its content (request, answer), where one can; see `timing.clamped_answers`.
     `is_costly` says that all pairs of the set would cost more than `BUDGET`.
@@ -52,6 +52,7 @@ class Study:
     twins: Mapping[str, str]
     judge: Callable[[str, str], str] | None = None
     is_costly: bool = False
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
     def of(self, *treatments: str) -> list[TokenPair]:
         """Its pairs of these treatments, in the order of the prompt set."""
@@ -128,13 +129,13 @@ def begin(
     content = load_set(prompt_set)
     affordable = affordable_pairs(subject, content)
     chosen = chosen_pairs(content, affordable, profile, pairs)
-    kept, _ = tokens.tokenize(chosen, subject.tokenizer)
+    kept, dropped = tokens.tokenize(chosen, subject.tokenizer)
     sides = [side for pair in kept for side in (pair.control, pair.treated)]
     longest = max(len(side) for side in sides) + outcomes.STEPS
     check_fit(subject, max(int(side.max()) for side in sides), longest, "a prompt with its answer")
     twins = {p.pair.id: p.pair.twin for p in kept if p.pair.twin}
     openers = tokens.openers(content, subject.tokenizer, len(subject.unembedding[0]))
-    return Study(slug, subject, tuple(kept), openers, twins, is_costly=affordable > 0)
+    return Study(slug, subject, tuple(kept), openers, twins, is_costly=affordable > 0, dropped=dropped)
 
 
 def own_pair(study: Study, control: str, treated: str, treatment: str = "") -> TokenPair | NotDefined:
