@@ -97,8 +97,7 @@ def _check_listing(hub_id: HubId, files: dict[str, int]) -> None:
     if "config.json" not in top:
         raise InputError(f"{hub_id.repo} has no config.json, so it is no model that can be loaded; check its id")
     if not any(Path(name).match("*.safetensors") for name in top):
-        pickled = next((name for name in top if any(Path(name).match(kind) for kind in folders.PICKLED)), None)
-        raise folders.no_weights(hub_id.repo, pickled)
+        raise folders.no_weights(hub_id.repo, map(Path, top))
 
 
 def _check_room(hub_id: HubId, size: int) -> None:

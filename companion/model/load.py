@@ -67,8 +67,7 @@ def load(
     else:
         model = _load_merged(folder, adapter, DTYPES[dtype], place, copies, adapter_scale)
     tokenizer = load_tokenizer(folder) if _has_tokenizer(folder) else None
-    weights = [*folders.weights_in(folder), *folders.adapter_files(adapter)]
-    found = find_parts(_quiet(model), tokenizer, str(name), hash_files(weights))
+    found = find_parts(_quiet(model), tokenizer, str(name), hash_files(folders.weights(folder, adapter)))
     return found if only_answers else _checked(found, "" if adapter is None else adapter.name)
 
 
@@ -212,7 +211,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def _has_tokenizer(folder: Path) -> bool:
     if gguf.is_gguf(folder):
-        return gguf.tokenizer_folder() is not None or gguf.read_header(folder).has_tokenizer
+        return gguf.tokenizer_folder() is not None or gguf.TOKENS in gguf.read_header(folder).values
     return any((folder / name).is_file() for name in (*hub.TOKENIZER, "tokenizer.model"))
 
 

@@ -179,11 +179,11 @@ def test_a_judge_decides_alone_and_a_phrase_adds_to_openers(judge_model, monkeyp
     asked = ["w5"] * 3, made, [20]
     assert labels.refusals(judge_model, *asked).tolist() == [True, True, False]
     assert labels.refusals(replace(judge_model, tokenizer=None), *asked).tolist() == [True, False, False]
-    hub.choose_judge("some/judge")
+    hub.set_variable(hub.JUDGE, "some/judge")
     monkeypatch.setattr(labels, "judge_model", lambda name, device: {"some/judge": judge_model}[name])
     monkeypatch.setattr(labels, "ask", lambda judge, requests, replies: np.array([0.9, 0.6, 0.1]))
     assert labels.refusals(judge_model, *asked).tolist() == [False, False, True]
-    hub.choose_judge(None)
+    hub.set_variable(hub.JUDGE, None)
     assert labels.refusals(judge_model, *asked).tolist() == [True, True, False]
 
 
