@@ -170,8 +170,6 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None
         scratch.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old" and [file.name for file in tmp_path.iterdir()] == ["a.txt"]
-    with pytest.raises(ValueError, match=r"\.parquet or \.csv"):
-        files.write_table(table(), path)
 
 
 def test_json_is_sorted_and_plain(tmp_path: Path) -> None:
@@ -179,7 +177,7 @@ def test_json_is_sorted_and_plain(tmp_path: Path) -> None:
     assert path.read_text() == '{\n "a": [\n  1,\n  2\n ],\n "b": 0.5\n}\n'
     assert files.read_json(path) == {"a": [1, 2], "b": 0.5}
     for bad in (float("nan"), float("inf"), np.float64("nan"), np.array([np.nan])):
-        with pytest.raises(ValueError, match="write None"):
+        with pytest.raises(ValueError, match="not JSON compliant"):
             files.write_json({"a": bad}, path)
     assert files.read_json(path)["b"] == 0.5
 
