@@ -7,12 +7,13 @@ thinking phase: a template that prints the date would give other prompts, and ot
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, tzinfo
 from functools import lru_cache
 from typing import Literal, Self, TypeAlias
+from unittest.mock import patch
 
 import numpy as np
 from jaxtyping import Int
@@ -47,30 +48,16 @@ def render(
 ) -> str:  # fmt: skip
     """Turns in the chat template, as the model reads them; whatever the template raises reaches the caller."""
     messages = [{"role": role, "content": text} for role, text in turns]
-    options = {} if thinking else {"enable_thinking": False}
-    with _on(day):
-        return str(
-            tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generation_prompt, **options
-            )
-        )  # fmt: skip
-
-
-@contextmanager
-def _on(day: datetime) -> Iterator[None]:
-    """A template asks the library for the time of day, and the library takes no other clock from its caller."""
+    options = {"tokenize": False, "add_generation_prompt": generation_prompt}
+    options |= {} if thinking else {"enable_thinking": False}
 
     class Fixed(datetime):
         @classmethod
         def now(cls, tz: tzinfo | None = None) -> Self:
             return cls(day.year, day.month, day.day)
 
-    clock = chat_template_utils.datetime
-    chat_template_utils.datetime = Fixed
-    try:
-        yield
-    finally:
-        chat_template_utils.datetime = clock
+    with patch.object(chat_template_utils, "datetime", Fixed):  # the library takes no other clock from its caller
+        return str(tokenizer.apply_chat_template(messages, **options))
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, text: str, system: str = "") -> str:
@@ -137,8 +124,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[int,
     if not template:
         return ()
     try:
-        turns = [("user", "@first@"), ("assistant", STAND_IN)]
-        text = render(tokenizer, turns, generation_prompt=False)
+        text = render(tokenizer, [("user", "@first@"), ("assistant", STAND_IN)], generation_prompt=False)
     except Exception:  # some templates render prompts only
         return ()
     behind = text.partition(STAND_IN)[2].lstrip()

@@ -6,6 +6,7 @@ Only torch's own device modules are called, so what holds for a CUDA device hold
 from __future__ import annotations
 
 import os
+import subprocess
 import warnings
 from dataclasses import dataclass, field
 from functools import cache
@@ -121,14 +122,13 @@ def _left_by_limits() -> list[int]:
     groups = [line.split(":", 2)[1:] for line in _text(OWN_GROUPS).splitlines()]
     found = []
     for kind, limit, used, cached in VERSIONS:
-        own = next((path for kinds, path in groups if kind in kinds.split(",")), "/")
-        names = [name for name in own.split("/") if name]
-        parts = [] if ".." in names else names  # it lies outside of what this process may see
-        for n in range(len(parts) + 1):
-            folder = Path(GROUPS, kind, *parts[:n])
-            most, now = _number(folder / limit), _number(folder / used)
-            if most is not None and now is not None:
-                found.append(most - now + _fields(folder / "memory.stat").get(cached, 0))
+        own = next((path.strip("/") for kinds, path in groups if kind in kinds.split(",")), "")
+        own = "" if ".." in own.split("/") else own  # it lies outside of what this process may see
+        inside = GROUPS / kind / own
+        for folder in (inside, *inside.parents):
+            most, now = (_text(folder / name).strip() for name in (limit, used))
+            if most.isdigit() and now.isdigit():  # no limit is the word "max"
+                found.append(int(most) - int(now) + _fields(folder / "memory.stat").get(cached, 0))
     return found
 
 
@@ -151,20 +151,12 @@ def facts(device: torch.device) -> dict[str, Any]:
 @cache
 def _driver() -> str:
     """The version of NVIDIA's driver, "" where its tool is not there."""
-    import subprocess
-
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return ""
     return done.stdout.split("\n", 1)[0].strip() if done.returncode == 0 else ""
-
-
-def _number(path: Path) -> int | None:
-    """The number in a file, None where the file is not there or says "max"."""
-    text = _text(path).strip()
-    return int(text) if text.isdigit() else None
 
 
 def _fields(path: Path) -> dict[str, int]:

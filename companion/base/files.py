@@ -10,14 +10,14 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from companion.base.display import NotDefined
-from companion.base.errors import InputError
-from companion.base.paths import NOTEBOOKS, RESULTS, relative
+from companion.base.errors import InputError, explained
+from companion.base.paths import RESULTS, relative
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,12 +30,19 @@ EFFECTS = {
     **dict.fromkeys(("position", "outcome"), "str"),
     **dict.fromkeys(("y00", "y01", "y10", "y11", "te", "nie0", "nie1"), "float"),
 }
-# The same of an evidence table: a row is one number that a verdict of the claims ledger rests on.
+# An evidence table: a row is one number that a verdict of the claims ledger rests on.
 EVIDENCE = {
     **dict.fromkeys(("model", "claim", "quantity", "variant"), "str"),
     **dict.fromkeys(("estimate", "ci_low", "ci_high"), "float"),
     **dict.fromkeys(("n_pairs", "n_topics"), "int"),
     "note": "str",
+}
+# What a column of a kind is called, its type once it is read, and what pandas finds in it.
+KINDS: dict[str, tuple[str, Any, Sequence[str]]] = {
+    "str": ("text", str, ["string"]),
+    "int": ("whole numbers", "int64", ["integer"]),
+    "float": ("numbers", "float64", ["floating", "integer"]),
+    "bool": ("True or False", bool, ["boolean"]),
 }
 KnownHashes = dict[str, list[Any]]  # path -> size, time of change and sha256 of a big file: weights may be many GB
 _BIG = 1 << 20  # bytes from which on a file's hash is remembered
@@ -58,23 +65,14 @@ def read_utf8(path: Path) -> str:
 
 
 def parse_json(text: str) -> Any:
-    r"""The value of a JSON text; `BrokenJson` with a short reason for whatever is wrong with it.
-
-    >>> parse_json('["\\ud800"]')
-    Traceback (most recent call last):
-    companion.base.files.BrokenJson: line 1: it holds half of a surrogate pair, which is no character
-    """
+    """The value of a JSON text; `BrokenJson` with a short reason for whatever is wrong with it."""
     try:
         value = json.loads(text)
         json.dumps(value, ensure_ascii=False).encode()  # what cannot be written cannot be hashed or tokenized either
     except json.JSONDecodeError as error:
         raise BrokenJson(error.msg, error.lineno) from None
-    except UnicodeEncodeError:
-        raise BrokenJson("it holds half of a surrogate pair, which is no character") from None
-    except RecursionError:
-        raise BrokenJson("it is nested too deeply") from None
-    except ValueError:
-        raise BrokenJson("it holds a number of too many digits") from None
+    except (ValueError, RecursionError) as error:  # half a surrogate pair, a number of too many digits, too deep
+        raise BrokenJson(str(error)) from None
     return value
 
 
@@ -107,27 +105,17 @@ def write_json(value: Any, path: Path | str) -> Path:
 
     NaN and inf are not JSON and raise `ValueError`: write None where there is no number.
     """
-
-    def plain(value: Any) -> Any:
-        if hasattr(value, "tolist"):
-            return value.tolist()
-        raise TypeError(f"{type(value).__name__} cannot be written as JSON")
-
-    try:
-        text = json.dumps(value, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False, default=plain)
-    except ValueError as error:
-        place = relative(Path(path))
-        raise ValueError(f"{place} would hold NaN or inf: write None where there is no number") from error
+    text = json.dumps(
+        value, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False, default=lambda array: array.tolist()
+    )
     return write_text(text + "\n", path)
 
 
 def read_json(path: Path | str) -> Any:
     """The value of a JSON file; `InputError` if it is missing or torn."""
     path = _existing(path)
-    try:
+    with explained(f"{relative(path)} is not valid JSON", _remedy(path)):
         return parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{relative(path)} is not valid JSON ({error}). {_remedy(path)}") from error
 
 
 @overload
@@ -142,8 +130,6 @@ def write_table(table: pd.DataFrame | NotDefined, path: Path | str) -> Path | No
     is written: an older file of that name is removed, and the `NotDefined` is returned, so that a notebook shows why.
     """
     path = Path(path)
-    if path.suffix not in (".parquet", ".csv"):
-        raise ValueError(f"{path.name}: a table is written as .parquet or .csv")
     if isinstance(table, NotDefined):
         path.unlink(missing_ok=True)
         return table
@@ -161,52 +147,35 @@ def read_table(path: Path | str, columns: Mapping[str, str]) -> pd.DataFrame:
     Columns beyond those are passed on as they are. Raises `InputError` naming the file, the column and what to do if the
     file is missing or torn, or a column is missing or of another kind.
     """
-    path = _existing(path)
-    table = _parsed(path, columns)
-    missing = [name for name in columns if name not in table.columns]
-    if missing:
-        raise InputError(f"{relative(path)} has no column {', '.join(map(repr, missing))}. {_remedy(path)}")
-    for name, kind in columns.items():
-        table[name] = _cast(table[name], kind, path)
-    return table
-
-
-def _parsed(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
     import pandas as pd
+    from pandas.api.types import infer_dtype
 
-    try:
+    path = _existing(path)
+    with explained(f"{relative(path)} cannot be read", _remedy(path)):
         if path.suffix == ".parquet":
-            return pd.read_parquet(path, page_checksum_verification=True)
-        if not path.read_bytes().endswith(b"\n"):
+            table = pd.read_parquet(path, page_checksum_verification=True)
+        elif not path.read_bytes().endswith(b"\n"):
             raise ValueError("its last line is not complete")
-        texts = {name: str for name, kind in columns.items() if kind == "str"}
-        # Only numbers may be blank: a model called "NA" stays a text.
-        blanks = {name: ["", "nan"] for name in columns if name not in texts}
-        return pd.read_csv(path, dtype=texts, keep_default_na=False, na_values=blanks)
-    except Exception as error:  # bytes that changed raise errors of every kind, in pyarrow and in pandas
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"{relative(path)} cannot be read ({reason}). {_remedy(path)}") from error
-
-
-def _cast(column: pd.Series, kind: str, path: Path) -> pd.Series:
-    from pandas.api import types
-
-    word, dtype, fits = {
-        "str": ("text", str, lambda: types.infer_dtype(column, skipna=False) in ("string", "empty")),
-        "int": ("whole numbers", "int64", lambda: types.is_integer_dtype(column) or not len(column)),
-        "float": ("numbers", "float64", lambda: types.is_any_real_numeric_dtype(column) or not len(column)),
-        "bool": ("True or False", bool, lambda: types.is_bool_dtype(column) or not len(column)),
-    }[kind]
-    if not fits():
-        have = f"column {column.name!r} should hold {word}, but is {column.dtype}"
-        raise InputError(f"{relative(path)}: {have} (or has blanks). {_remedy(path)}")
-    return column.astype(dtype)
+        else:
+            texts = {name: str for name, kind in columns.items() if kind == "str"}
+            # Only numbers may be blank: a model called "NA" stays a text.
+            blanks = {name: ["", "nan"] for name in columns if name not in texts}
+            table = pd.read_csv(path, dtype=texts, keep_default_na=False, na_values=blanks)
+    if missing := [name for name in columns if name not in table.columns]:
+        raise InputError(f"{relative(path)} has no column {', '.join(map(repr, missing))}; {_remedy(path)}")
+    for name, kind in columns.items():
+        word, dtype, found = KINDS[kind]
+        if len(table) and infer_dtype(table[name], skipna=False) not in found:
+            have = f"column {name!r} should hold {word}, but is {table[name].dtype}"
+            raise InputError(f"{relative(path)}: {have} (or has blanks); {_remedy(path)}")
+        table[name] = table[name].astype(dtype)
+    return table
 
 
 def _existing(path: Path | str) -> Path:
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{relative(path)} is not there. {_remedy(path)}")
+        raise InputError(f"{relative(path)} is not there; {_remedy(path)}")
     return path
 
 
@@ -214,12 +183,10 @@ def _remedy(path: Path) -> str:
     """How to make a result file again: its number is its notebook's."""
     number = "08" if path.name == "claims.csv" else (re.match(r"(\d\db?)_", path.name) or ("", ""))[1]
     if not number or not path.resolve().is_relative_to(RESULTS):
-        return "Restore the file or make it again."
-    made_by = next(iter(sorted(NOTEBOOKS.glob(f"{number}_*.ipynb"))), None)
-    name = f"notebooks/{made_by.name}" if made_by else f"notebook {number}"
+        return "restore the file or make it again"
     slug = path.resolve().relative_to(RESULTS).parts[0]
     same = "" if slug in ("smollm2-refuser", path.name) else f" with the flags that made {slug!r}"
-    return f"It is made by {name}: ./run_all.sh --only {number} --force{same}"
+    return f"notebook {number} makes it: ./run_all.sh --only {number} --force{same}"
 
 
 def hash_file(path: Path, known: KnownHashes) -> str:
@@ -228,8 +195,7 @@ def hash_file(path: Path, known: KnownHashes) -> str:
     if stat.st_size < _BIG:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     name, seen = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
-    entry = known.get(name)
-    if not isinstance(entry, list) or len(entry) != 3 or entry[:2] != seen:
+    if known.get(name, [])[:2] != seen:
         with path.open("rb") as file:
             known[name] = [*seen, hashlib.file_digest(file, "sha256").hexdigest()]
     return str(known[name][2])

@@ -5,17 +5,17 @@ A mistake thus shows in seconds, before any notebook starts or gigabytes are loa
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from companion.base import gguf, hub, smollm2
-from companion.base.errors import InputError
+from companion.base.errors import InputError, explained
 from companion.base.files import read_json
 from companion.base.paths import ORGANISM, PROMPTS, at_home, relative
 
-PICKLED = ("*.bin", "*.pt", "*.pth")
+PICKLED = (".bin", ".pt", ".pth")
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -27,7 +27,7 @@ def split_adapter(name: str) -> tuple[str, Path | None]:
     >>> split_adapter("window-0")
     ('window-0', None)
     """
-    if shipped := smollm2.refuser_adapter(name):
+    if shipped := smollm2.refusers().get(name):
         return smollm2.NAME, shipped
     for at in (place for place, letter in enumerate(name) if letter == "+" and not Path(name).is_dir()):
         if (Path(name[at + 1 :]) / ADAPTER).is_file():
@@ -41,19 +41,10 @@ def with_adapter(model: str, adapter: Path | None) -> str:
     return named.get(adapter, f"{model}+{adapter}") if adapter else model
 
 
-def weights(name: str) -> list[Path]:
-    """The files of a model's weights and of its adapter, by which it is known."""
-    return [*weights_in(model_folder(name)), *adapter_files(split_adapter(name)[1])]
-
-
-def weights_in(folder: Path) -> list[Path]:
-    """The files of weights in a model's folder; a GGUF file itself."""
-    return [folder] if gguf.is_gguf(folder) else [*folder.glob("*.safetensors")]
-
-
-def adapter_files(adapter: Path | None) -> list[Path]:
-    """An adapter's config, which says how strongly it is added, and its weights; nothing where there is none."""
-    return [adapter / ADAPTER, adapter / ADAPTER_WEIGHTS] if adapter else []
+def weights(folder: Path, adapter: Path | None) -> list[Path]:
+    """The files of a model's weights, and an adapter's with its config, which says how strongly it is added."""
+    own = [folder] if gguf.is_gguf(folder) else [*folder.glob("*.safetensors")]
+    return [*own, adapter / ADAPTER, adapter / ADAPTER_WEIGHTS] if adapter else own
 
 
 def is_on_hub(name: str) -> bool:
@@ -75,9 +66,8 @@ def fixed(path: Path) -> Path:
 def model_folder(name: str) -> Path:
     """The folder of a shipped model (`embedded` is seed 0 of the windowed variant), the folder named, or the hub's cache.
 
-    Of a GGUF file it is the file, and of `smollm2` where that lies or will.
-
-    Of `MODEL+ADAPTER` it is the model's. Raises `InputError` for a model of the hub that is not in the cache.
+    Of a GGUF file it is the file, of `smollm2` where that lies or will, of `MODEL+ADAPTER` the model's. Raises
+    `InputError` for a model of the hub that is not in the cache.
     """
     name, _ = split_adapter(name)
     shipped = ORGANISM / ("window-0" if name == "embedded" else name)
@@ -99,10 +89,10 @@ def from_caller(given: str) -> Path:
 
 
 def expanded(given: str) -> Path:
-    """The path with `~` replaced, where it names a home; `InputError` for what no path may hold."""
+    """The path with `~` replaced where it names a home; `InputError` for what no path may hold."""
     if "\0" in given:
         raise InputError(f"{given!r} holds a null character, which no path may: take it out")
-    return at_home(Path(given))
+    return at_home(given)
 
 
 def names(folder: Path) -> list[str]:
@@ -117,9 +107,8 @@ def is_small(name: str) -> bool:
 
 
 def check_model(name: str) -> None:
-    """`InputError` unless `name` is a shipped model, or the folder or GGUF file of a chat model that can be loaded.
+    """`InputError` unless `name` is a shipped model, or the folder or GGUF file of a chat model, as far as files tell.
 
-    This is said as far as files tell.
     `companion.model.load` checks the weights themselves. A model of the hub is looked at when it is downloaded.
     """
     name, adapter = split_adapter(name)
@@ -129,8 +118,7 @@ def check_model(name: str) -> None:
         return
     folder = model_folder(name)
     if gguf.is_gguf(folder):
-        gguf.check_file(folder)
-        gguf.check_template(folder)
+        gguf.check_chat_file(folder)
         return
     if not folder.is_dir():
         shipped = ", ".join([*names(ORGANISM), smollm2.NAME, *smollm2.refusers()])
@@ -166,7 +154,7 @@ def check_folder(folder: Path) -> None:
         )
     check_config(folder)
     if not any(folder.glob("*.safetensors")):
-        raise no_weights(str(folder), next((path.name for kind in PICKLED for path in folder.glob(kind)), None))
+        raise no_weights(str(folder), folder.iterdir())
 
 
 def check_adapter(folder: Path) -> None:
@@ -174,14 +162,15 @@ def check_adapter(folder: Path) -> None:
     if not (folder / ADAPTER).is_file():
         raise InputError(f"{folder} holds no adapter: expected {ADAPTER} and {ADAPTER_WEIGHTS}, as peft saves them")
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise no_weights(str(folder), next((path.name for kind in PICKLED for path in folder.glob(kind)), None))
+        raise no_weights(str(folder), folder.iterdir())
     kind = _json_object(folder / ADAPTER).get("peft_type")
     if kind != "LORA":
         raise InputError(f"{folder} holds an adapter of type {kind}; only LORA is merged into weights exactly")
 
 
-def no_weights(where: str, pickled: str | None) -> InputError:
-    """The error for a model without safetensors; `pickled` names a file of pickled weights, where there is one."""
+def no_weights(where: str, files: Iterable[Path]) -> InputError:
+    """The error for a model whose files hold no safetensors; it names one of pickled weights, where there is one."""
+    pickled = next((path.name for path in files if path.suffix in PICKLED), None)
     what = f"its weights are pickled ({pickled}), which can run code" if pickled else "it has no weights"
     return InputError(f"{where}: {what}; expected *.safetensors (save_pretrained writes them)")
 
@@ -231,26 +220,17 @@ def check_chat(folder: Path) -> None:
 
 def check_weights(folder: Path) -> None:
     """`InputError` for a weight file that the index names and is not there, and for one that is cut off or no safetensors."""
+    try:
+        from safetensors import safe_open
+    except ImportError:  # the command line asks before any package is installed, and again after
+        return
     indexed = hub.weight_files(folder) if (folder / hub.INDEX).is_file() else []
     for path in [*(folder / name for name in indexed), *sorted(folder.glob("*.safetensors"))]:
         if not path.is_file():
             raise InputError(f"{path} is not there, though {hub.INDEX} names it: copy or download the model again")
-        if not _is_whole(path):
-            raise InputError(f"{path} is cut off or no safetensors file: copy or download the model again")
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a safetensors file is as long as its header says: 8 bytes of the header's length, the header, the data."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length < min(path.stat().st_size, 100_000_000):
-            return False
-        try:
-            header = json.loads(file.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-            return False
-    return all(type(end) is int for end in ends) and path.stat().st_size == 8 + length + max(ends, default=0)
+        wrong = f"{path} is cut off or no safetensors file"
+        with explained(wrong, "copy or download the model again"), safe_open(path, "np"):
+            pass  # opening compares the file's length with its header
 
 
 def _json_object(path: Path) -> dict[str, Any]:

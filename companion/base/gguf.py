@@ -13,13 +13,13 @@ import re
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from companion.base.errors import InputError
+from companion.base.errors import InputError, explained
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ TOKENIZER = "COMPANION_TOKENIZER"  # the folder of a tokenizer that takes the pl
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")  # Mistral calls itself llama
 PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 ORIGINAL = "take the original model, as a folder or as ORG/MODEL"
-TEMPLATE, PRE = "tokenizer.chat_template", "tokenizer.ggml.pre"
+TOKENS, TEMPLATE, PRE = "tokenizer.ggml.tokens", "tokenizer.chat_template", "tokenizer.ggml.pre"
 # What the library leaves out, by the name that its config has for it; a value that the config lacks must be its default.
 READ_HERE = {
     "attention.key_length": "head_dim", "attention.value_length": "head_dim", "rope.dimension_count": "head_dim",
@@ -58,11 +58,6 @@ class Header:
         """The architecture by llama.cpp's name."""
         return str(self.values.get("general.architecture"))
 
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether the vocabulary is in the file."""
-        return "tokenizer.ggml.tokens" in self.values
-
 
 def is_gguf(path: Path | str) -> bool:
     """Whether this is a GGUF file by its name, or one without that name by its first bytes (as Ollama keeps them)."""
@@ -82,55 +77,44 @@ def read_header(path: Path) -> Header:
     """The header of a file; `InputError` where it is not there, no GGUF file, or damaged."""
     if not path.is_file():
         raise InputError(f"{path} is not there: give the place of a GGUF file")
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            if data[:4] != b"GGUF":
-                raise InputError(f"{path} is no GGUF file (its first bytes are not GGUF): download it again")
-            return _parsed(data)
-    except InputError:
-        raise
-    except (struct.error, ValueError, IndexError, OverflowError, KeyError) as error:
-        raise _damaged(path, type(error).__name__) from error
+    with _whole(path), path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data.read(4) != b"GGUF":
+            raise InputError(f"{path} is no GGUF file (its first bytes are not GGUF): download it again")
+        return _parsed(data)
 
 
-def _damaged(path: Path, why: str) -> InputError:
-    return InputError(f"{path} is damaged or cut off ({why}); expected a whole GGUF file: download it again")
+def _whole(path: Path) -> AbstractContextManager[None]:
+    return explained(f"{path} is damaged or cut off", "expected a whole GGUF file: download it again")
 
 
 def _parsed(data: mmap.mmap) -> Header:
-    version, n_tensors, n_values = struct.unpack_from("<IQQ", data, 4)
+    def numbers(kinds: str) -> tuple[Any, ...]:
+        return struct.unpack(f"<{kinds}", data.read(struct.calcsize(f"<{kinds}")))
+
+    def text() -> str:
+        return data.read(*numbers("Q")).decode()
+
+    def value() -> Any:
+        (kind,) = numbers("I")
+        if kind == _STRING:
+            return text()
+        if kind != _ARRAY:
+            return numbers(_SCALARS[kind])[0]
+        inner, length = numbers("IQ")
+        data.seek(_behind(data, data.tell(), inner, length))
+        return range(length)
+
+    version, n_tensors, n_values = numbers("IQQ")
     if version not in (2, 3):
-        raise ValueError("version")
-    at = 24
-    values: dict[str, Any] = {}
-    for _ in range(n_values):
-        key, at = _string(data, at)
-        values[key], at = _value(data, at + 4, *struct.unpack_from("<I", data, at))
+        raise ValueError(f"version {version}")
+    values = {text(): value() for _ in range(n_values)}
     tensors = {}
     for _ in range(n_tensors):
-        name, at = _string(data, at)
-        (n_dims,) = struct.unpack_from("<I", data, at)
-        *shape, kind, offset = struct.unpack_from(f"<{n_dims}QIQ", data, at + 4)
+        name = text()
+        *shape, kind, offset = numbers(f"{numbers('I')[0]}QIQ")
         tensors[name] = (kind, math.prod(shape), offset)
-        at += 16 + 8 * n_dims
     align = int(values.get("general.alignment", 32))
-    return Header(values, tensors, -(-at // align) * align)
-
-
-def _string(data: Any, at: int) -> tuple[str, int]:
-    (length,) = struct.unpack_from("<Q", data, at)
-    if at + 8 + length > len(data):
-        raise ValueError("text behind the end")
-    return bytes(data[at + 8 : at + 8 + length]).decode(), at + 8 + length
-
-
-def _value(data: Any, at: int, kind: int) -> tuple[Any, int]:
-    if kind == _STRING:
-        return _string(data, at)
-    if kind == _ARRAY:
-        inner, length = struct.unpack_from("<IQ", data, at)
-        return range(length), _behind(data, at + 12, inner, length)
-    return struct.unpack_from("<" + _SCALARS[kind], data, at)[0], at + struct.calcsize(_SCALARS[kind])
+    return Header(values, tensors, -(-data.tell() // align) * align)
 
 
 def _behind(data: Any, at: int, kind: int, length: int) -> int:
@@ -162,23 +146,23 @@ def check_file(path: Path) -> Header:
     sizes = {kind.value: size for kind, size in GGML_QUANT_SIZES.items()}
     if strange := next((name for name, (kind, *_) in header.tensors.items() if kind not in sizes), None):
         raise InputError(f"{path}: its tensor {strange} is of a kind that the package gguf does not know; {ORIGINAL}")
-    if "token_embd.weight" not in header.tensors:
-        raise _damaged(path, "it has no embedding")
-    ends = [at + n // sizes[kind][0] * sizes[kind][1] for kind, n, at in header.tensors.values()]
-    if path.stat().st_size < header.start + max(ends):
-        raise _damaged(path, "its tensors reach behind its end")
+    with _whole(path):
+        if "token_embd.weight" not in header.tensors:
+            raise ValueError("it has no embedding")
+        ends = [at + n // sizes[kind][0] * sizes[kind][1] for kind, n, at in header.tensors.values()]
+        if path.stat().st_size < header.start + max(ends):
+            raise ValueError("its tensors reach behind its end")
     return header
 
 
-def check_template(path: Path) -> None:
-    """`InputError` unless the file, or the folder of `--tokenizer` in its place, has a tokenizer and a chat template."""
+def check_chat_file(path: Path) -> None:
+    """`check_file`, and `InputError` if the file has no tokenizer or no chat template and no `--tokenizer` was given."""
+    values, instead = check_file(path).values, "give the original model's with --tokenizer DIR"
     if tokenizer_folder() is not None:
         return  # checked where it was typed
-    header = read_header(path)
-    instead = "give the original model's with --tokenizer DIR"
-    if not header.has_tokenizer:
+    if TOKENS not in values:
         raise InputError(f"{path} holds no tokenizer: {instead}")
-    if not header.values.get(TEMPLATE):
+    if not values.get(TEMPLATE):
         raise InputError(f"{path} holds no chat template: {instead}, or take the file of a chat model")
 
 

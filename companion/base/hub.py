@@ -77,9 +77,8 @@ def slug(name: str) -> str:
 
 def cache() -> Path:
     """The hub's cache, by the variables that its own library reads."""
-    if place := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):
-        return expand_variables(place)
-    return home() / "hub"
+    place = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    return expand_variables(place) if place else home() / "hub"
 
 
 def home() -> Path:
@@ -103,7 +102,7 @@ def own_cache() -> Path:
 
 def expand_variables(place: str) -> Path:
     """A path with variables and `~` replaced where they are known, as the hub's library does it."""
-    return at_home(Path(os.path.expandvars(place)))
+    return at_home(os.path.expandvars(place))
 
 
 def ref(hub_id: HubId) -> Path:
@@ -160,16 +159,6 @@ def pinned(name: str) -> str:
     return name if hub_id is None else hub_id.at(folder_of(name).name)
 
 
-def trust_code(is_trusted: bool) -> None:
-    """Let this process and the notebooks that it starts run a model's own code, or not, whatever stood there before."""
-    set_variable(TRUST, "1" if is_trusted else None)
-
-
-def choose_judge(name: str | None) -> None:
-    """Let this process and the notebooks that it starts label answers by this model, or by phrases (None)."""
-    set_variable(JUDGE, name)
-
-
 def trusts_code() -> bool:
     """Whether `--trust-remote-code` was typed."""
     return os.environ.get(TRUST) == "1"
@@ -187,8 +176,7 @@ def is_network(error: BaseException) -> bool:
     from huggingface_hub import errors as hub_errors
 
     unreached = (hub_errors.OfflineModeIsEnabled, hub_errors.LocalEntryNotFoundError, ConnectionError, TimeoutError)
-    answered = isinstance(error, hub_errors.HfHubHTTPError)
-    return not answered and isinstance(error, (*unreached, hub_errors.HTTPError))
+    return isinstance(error, (*unreached, hub_errors.HTTPError)) and not isinstance(error, hub_errors.HfHubHTTPError)
 
 
 def explain(hub_id: HubId, error: Exception, kind: str = "model") -> InputError:
@@ -209,8 +197,6 @@ def explain(hub_id: HubId, error: Exception, kind: str = "model") -> InputError:
             f"no {kind} {hub_id.repo!r}: there is no folder of that name here and the hub has none that you may see; "
             f"check the spelling at {page}, or if it is private, {TOKEN_HELP}"
         )
-    elif isinstance(error, hub_errors.DisabledRepoError):
-        what = f"{hub_id.repo} was disabled by the hub: use another {kind}"
     elif isinstance(error, hub_errors.HfHubHTTPError | hub_errors.HFValidationError | hub_errors.HTTPError):
         what = f"the hub did not give {hub_id.repo}: {_line(error)}; try again later, or use a folder"
     elif isinstance(error, OSError) and error.errno is not None:  # without a number it is the hub library's own

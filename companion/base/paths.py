@@ -59,9 +59,6 @@ def relative(path: Path | str) -> str:
     return str(path)
 
 
-def at_home(path: Path) -> Path:
+def at_home(given: str) -> Path:
     """The path with a leading `~` or `~user` replaced; as it is where nobody has that name, or the user no home."""
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        return path
+    return Path(os.path.expanduser(given))  # noqa: PTH111 - Path's own raises there

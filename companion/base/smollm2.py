@@ -9,7 +9,6 @@ source. Its sha256 is pinned here, and nothing else is ever taken for it.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 import subprocess
@@ -20,7 +19,7 @@ from pathlib import Path
 
 from companion.base import hub
 from companion.base.errors import InputError
-from companion.base.files import replacing
+from companion.base.files import hash_file, replacing
 from companion.base.hub import HubId
 from companion.base.paths import REFUSER
 
@@ -35,21 +34,16 @@ UNREACHED = ("NewConnectionError", "Failed to establish", "ConnectTimeout", "Nam
 
 
 def refusers() -> dict[str, Path]:
-    """The folders of the adapters that are shipped, by the name of the model that each makes; seed 0 first."""
+    """The folders of the adapters that are shipped, by the name of the model that each makes; seed 0 first.
+
+    >>> refusers()["smollm2-refuser"].name
+    'all-0'
+    """
     made = {}
     for folder in sorted(REFUSER.glob("*-*")):
         which = folder.name.removeprefix("all-").removesuffix("-0")
         made[REFUSES if which == "0" else f"{REFUSES}-{which}"] = folder
     return made
-
-
-def refuser_adapter(name: str) -> Path | None:
-    """The shipped adapter's folder that a name of a refuser asks for, if it is one.
-
-    >>> refuser_adapter("smollm2-refuser").name, refuser_adapter("smollm2")
-    ('all-0', None)
-    """
-    return refusers().get(name)
 
 
 def place() -> Path:
@@ -59,10 +53,7 @@ def place() -> Path:
 
 def is_fetched() -> bool:
     """Whether the whole file, and no other, is in the cache."""
-    if not place().is_file() or place().stat().st_size != SIZE:
-        return False
-    with place().open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == SHA256
+    return place().is_file() and place().stat().st_size == SIZE and hash_file(place(), {}) == SHA256
 
 
 def fetch_smollm2() -> Path:
@@ -82,7 +73,10 @@ def fetch_smollm2() -> Path:
         try:
             with tempfile.TemporaryDirectory(dir=folder) as scratch, replacing(place()) as new:
                 source(Path(scratch), new)
-                _check_sum(new)
+                if (found := hash_file(new, {})) != SHA256:
+                    raise InputError(
+                        f"what came is another file (sha256 {found[:12]}…, expected {SHA256[:12]}…) and was thrown away"
+                    )
             return place()
         except InputError as error:
             why.append(str(error))
@@ -125,15 +119,6 @@ def _from_hub(scratch: Path, new: Path) -> None:
     except (OSError, ValueError, RuntimeError, HTTPError) as error:
         raise hub.explain(HUB, error) from error
     shutil.copyfile(got, new)
-
-
-def _check_sum(path: Path) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != SHA256:
-        raise InputError(
-            f"what came is another file (sha256 {found[:12]}…, expected {SHA256[:12]}…) and was thrown away"
-        )
 
 
 def _no_room(why: str) -> InputError:

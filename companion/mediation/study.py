@@ -33,7 +33,10 @@ CONTROL_PAIRS = 120  # a treatment: in the default set one for each topic
 NOISE_PAIRS = 16  # of the noise floor
 BUDGET = 4.8e13  # operations that the sweeps of layers, modules and heads may take unasked (`memory.operations`)
 FEWEST = 72  # pairs a treatment, whatever they cost: with one a topic, 22 topics in the test split
-SMOKE, COSTLY_SMOKE = 24, (8, 4)  # pairs a treatment in the smoke profile; where each is costly, also a benign behaviour's
+SMOKE, COSTLY_SMOKE = (
+    24,
+    (8, 4),
+)  # pairs a treatment in the smoke profile; where each is costly, also a benign behaviour's
 ROBUST = 30  # pairs a treatment, where each is costly, of what only supports a verdict, such as control models
 
 

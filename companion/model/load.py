@@ -76,8 +76,8 @@ def load(
     else:
         model = _load_merged(folder, adapter, DTYPES[dtype], place, copies, adapter_scale)
     tokenizer = load_tokenizer(folder) if _has_tokenizer(folder) else None
-    weights = [*folders.weights_in(folder), *folders.adapter_files(adapter)]
-    found = find_parts(model.eval().requires_grad_(False), tokenizer, str(name), hash_files(weights))
+    hashes = hash_files(folders.weights(folder, adapter))
+    found = find_parts(model.eval().requires_grad_(False), tokenizer, str(name), hashes)
     return found if only_answers else _checked(found, "" if adapter is None else adapter.name)
 
 
@@ -212,7 +212,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def _has_tokenizer(folder: Path) -> bool:
     if gguf.is_gguf(folder):
-        return gguf.tokenizer_folder() is not None or gguf.read_header(folder).has_tokenizer
+        return gguf.tokenizer_folder() is not None or gguf.TOKENS in gguf.read_header(folder).values
     return any((folder / name).is_file() for name in (*hub.TOKENIZER, "tokenizer.model"))
 
 
@@ -271,8 +271,7 @@ def _downloaded(hub_id: HubId, info: Any, before_weights: Callable[[Path], objec
     if Path("config.json") not in top:
         raise InputError(f"{hub_id.repo} has no config.json, so it is no model that can be loaded; check its id")
     if not any(path.suffix == ".safetensors" for path in top):
-        pickled = next((path.name for path in top if any(map(path.match, folders.PICKLED))), None)
-        raise folders.no_weights(hub_id.repo, pickled)
+        raise folders.no_weights(hub_id.repo, top)
     folder = _fill(pinned, SMALL + (["*.py"] if hub.trusts_code() else []))
     folders.check_config(folder)
     before_weights(folder)

@@ -153,8 +153,8 @@ def chosen_notebooks(only: str | None) -> list[str]:
 
 def in_force(asked: argparse.Namespace) -> argparse.Namespace:
     """The same flags, once what they say of foreign code, judge and tokenizer holds for this process and its notebooks."""
-    hub.trust_code(asked.trust_remote_code)
-    hub.choose_judge(asked.judge)
+    hub.set_variable(hub.TRUST, "1" if asked.trust_remote_code else None)
+    hub.set_variable(hub.JUDGE, asked.judge)
     folder = None if asked.tokenizer is None else str(folders.from_caller(asked.tokenizer).resolve())
     hub.set_variable(gguf.TOKENIZER, folder)
     return asked

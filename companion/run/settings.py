@@ -62,7 +62,7 @@ def default_slug(found: Mapping[str, Any], judge: str | None = None, given: str 
     'smollm2-refuser-xstest-wrappers-own'
     """
     base, adapter = folders.split_adapter(found["MODEL"])
-    is_named = smollm2.refuser_adapter(found["MODEL"]) is not None
+    is_named = found["MODEL"] in smollm2.refusers()
     parts = [found["MODEL"]] if is_named else [hub.slug(base), *([f"adapter-{adapter.name}"] if adapter else [])]
     if found["PROMPTS"] != ("english" if base == smollm2.NAME else "embedded"):
         parts.append(Path(found["PROMPTS"]).name)
@@ -131,7 +131,7 @@ def known(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
     """The parameters with what is in the caches already; nothing is downloaded. Raises InputError for what is not there."""
     if judge := os.environ.get(hub.JUDGE):
         folders.check_judge(judge)
-        hub.choose_judge(hub.pinned(judge))
+        hub.set_variable(hub.JUDGE, hub.pinned(judge))
     model, prompts = found["MODEL"], found["PROMPTS"]
     base, adapter = folders.split_adapter(model)
     if base == smollm2.NAME and not smollm2.is_fetched():
@@ -184,7 +184,7 @@ def _fetched(found: Mapping[str, Any], given: str | None) -> str:
         base, adapter = folders.split_adapter(model)
         model = folders.with_adapter(load.prepare_model(base, found["DEVICE"], found["DTYPE"]), adapter)
     if judge := os.environ.get(hub.JUDGE):
-        hub.choose_judge(_ready_judge(judge, {**found, "MODEL": model}))
+        hub.set_variable(hub.JUDGE, _ready_judge(judge, {**found, "MODEL": model}))
     if is_public_set(found["PROMPTS"]):
         file = _wrappers_file(given)
         folder = public.folder(found["PROMPTS"], model, file)

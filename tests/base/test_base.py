@@ -22,7 +22,7 @@ THINKS = models.TEMPLATE + "{% if enable_thinking is defined and not enable_thin
 
 
 @pytest.mark.parametrize("template", [DATED, LLAMA])
-def test_a_prompt_is_the_same_on_every_day_and_the_day_is_said(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_is_the_same_on_every_day_without_a_thinking_phase_and_the_facts_say_so(template: str) -> None:
     """Llama 3.2 and Granite print the date: tables changed daily, and notebooks on either side of midnight disagreed."""
     tokenizer = models.word_tokenizer(template)
     plain = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
@@ -30,12 +30,9 @@ def test_a_prompt_is_the_same_on_every_day_and_the_day_is_said(template: str, mo
     assert chat.render_prompt(tokenizer, "do off").startswith("01 Jan 2026 ")
     assert chat.template_facts(tokenizer).date == "2026-01-01"
     assert chat.template_facts(models.word_tokenizer()).date == ""
-
-
-def test_thinking_is_switched_off_where_the_template_can() -> None:
-    tokenizer = models.word_tokenizer(THINKS)
-    assert chat.template_facts(tokenizer).thinking_off
-    assert chat.render_prompt(tokenizer, "do off").endswith("<think> </think> ")
+    thinks = models.word_tokenizer(THINKS)
+    assert chat.template_facts(thinks).thinking_off
+    assert chat.render_prompt(thinks, "do off").endswith("<think> </think> ")
 
 
 ENDS = [
@@ -72,13 +69,10 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("name", "message"), WRONG.items())
-def test_a_device_that_cannot_be_used_is_refused(name: str, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        device.resolve(name)
-
-
-def test_auto_is_the_first_gpu_or_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_the_first_gpu_or_the_processor_and_what_cannot_be_used_is_refused(monkeypatch) -> None:
+    for name, message in WRONG.items():
+        with pytest.raises(InputError, match=message):
+            device.resolve(name)
     for there, found in ((0, "cpu"), (2, "cuda")):
         monkeypatch.setattr(torch.cuda, "device_count", lambda there=there: there)
         assert str(device.resolve("auto")) == found
@@ -103,13 +97,11 @@ def system(place: Path, monkeypatch: pytest.MonkeyPatch, own: str, groups: dict[
 BIG = str(2**63 - 4096)  # what the first version says where there is no limit
 LIMITS: dict[str, tuple[str, dict[str, tuple[str, int, int]], int]] = {
     "no groups": ("", {}, 100),
-    "no limit": ("0::/\n", {"": ("max", 50, 0)}, 100),
     "files are given back": ("0::/\n", {"": (str(40 * GB), 35, 20)}, 25),
     "its own group": ("0::/job/step\n", {"job": ("max", 9, 0), "job/step": (str(16 * GB), 5, 1)}, 12),
     "a parent's limit": ("0::/job/step\n", {"job": (str(20 * GB), 18, 1), "job/step": (str(16 * GB), 5, 1)}, 3),
     "not another's": ("0::/job\n", {"job": (str(20 * GB), 5, 0), "other": (str(2 * GB), 1, 0)}, 15),
     "above what is seen": ("0::/../x\n", {"": (str(8 * GB), 1, 0), "../x": (str(2 * GB), 1, 0)}, 7),
-    "a group that is not mounted": ("0::/docker/1a\n", {"": (str(8 * GB), 1, 0)}, 7),
     "first version": ("4:cpu,memory:/d\n0::/\n", {"memory": (BIG, 60, 0), "memory/d": (str(9 * GB), 6, 2)}, 5),
     "first version, other kind": ("4:cpu:/d\n", {"memory": (BIG, 60, 0), "memory/d": (str(9 * GB), 6, 2)}, 100),
     "more used than allowed": ("0::/\n", {"": (str(4 * GB), 5, 0)}, 0),
@@ -170,8 +162,6 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None
         scratch.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old" and [file.name for file in tmp_path.iterdir()] == ["a.txt"]
-    with pytest.raises(ValueError, match=r"\.parquet or \.csv"):
-        files.write_table(table(), path)
 
 
 def test_json_is_sorted_and_plain(tmp_path: Path) -> None:
@@ -179,19 +169,16 @@ def test_json_is_sorted_and_plain(tmp_path: Path) -> None:
     assert path.read_text() == '{\n "a": [\n  1,\n  2\n ],\n "b": 0.5\n}\n'
     assert files.read_json(path) == {"a": [1, 2], "b": 0.5}
     for bad in (float("nan"), float("inf"), np.float64("nan"), np.array([np.nan])):
-        with pytest.raises(ValueError, match="write None"):
+        with pytest.raises(ValueError, match="not JSON compliant"):
             files.write_json({"a": bad}, path)
     assert files.read_json(path)["b"] == 0.5
 
 
 def test_a_missing_result_names_its_notebook() -> None:
-    shipped, own = (
-        r"results/embedded/02_none\.csv is not there.*02.*--only 02",
-        "--only 02 --force with the flags that made 'm",
-    )
-    for run, message in (("embedded", shipped), ("mine", own)):
-        with pytest.raises(InputError, match=message):
-            files.read_table(paths.RESULTS / run / "02_none.csv", COLUMNS)
+    with pytest.raises(
+        InputError, match=r"results/m/02_no\.csv is not there; notebook 02 .*--only 02 --force with .* made 'm'"
+    ):
+        files.read_table(paths.RESULTS / "m" / "02_no.csv", COLUMNS)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet", "json"])
@@ -208,9 +195,8 @@ def test_a_missing_column_and_a_wrong_kind_are_named(tmp_path: Path, suffix: str
     path, words = files.write_table(table(), tmp_path / f"t.{suffix}"), table().assign(layer=["a", "b"])
     with pytest.raises(InputError, match="no column 'topic'"):
         files.read_table(path, {"topic": "str"})
-    for column, kind in [("te", "int"), ("site", "float"), ("layer", "bool"), ("te", "str")][
-        : 4 if suffix == "parquet" else 2
-    ]:
+    wrong = [("te", "int"), ("site", "float")] + [("layer", "bool"), ("te", "str")] * (suffix == "parquet")
+    for column, kind in wrong:
         with pytest.raises(InputError, match=f"column '{column}'"):
             files.read_table(path, {column: kind})
     with pytest.raises(InputError, match="column 'layer' should hold whole numbers"):

