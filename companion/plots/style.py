@@ -28,6 +28,7 @@ ESTIMATE = dict.fromkeys(("estimate", "low", "high"), "float")
 BY_LAYER = {"layer": "int", **ESTIMATE}
 LOG_ODDS = "effect (log-odds)"
 TOTAL = "share of total effect"
+SHOWN = 0.05  # the least share that is written into its cell
 
 
 @dataclass(frozen=True)

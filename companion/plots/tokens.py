@@ -24,7 +24,6 @@ TIMES = {
     "none": "never", "first token": "first token only", "first five": "first five tokens", "all tokens": "all tokens",
     "all but the first": "all but the first",
 }  # fmt: skip
-SHOWN = 0.05  # the least share that is written into its cell
 
 
 def _map(ax: Axes, part: pd.DataFrame, row: str, value: str, bound: float) -> AxesImage:
@@ -39,7 +38,7 @@ def _map(ax: Axes, part: pd.DataFrame, row: str, value: str, bound: float) -> Ax
             hatched = {"fc": "none", "ec": "#999999", "hatch": "////", "lw": 0}
             ax.axhspan(y - 0.5, y + 0.5, 0, width / grid.shape[1], **hatched)
         for x, number in enumerate(grid.loc[name]):
-            if abs(number) >= SHOWN:
+            if abs(number) >= style.SHOWN:
                 colour = "white" if abs(number) > 0.6 * bound else "black"
                 ax.text(x, y, f"{100 * number:.0f}", ha="center", va="center", fontsize=7, color=colour)
     ax.set_xticks(range(grid.shape[1]), grid.columns)
