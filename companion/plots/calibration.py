@@ -34,9 +34,9 @@ def built(table: pd.DataFrame) -> Figure:
         grid = grid.reindex(index=range(n_layers), columns=sites)
         image = ax.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
         for row in part.itertuples():
-            x, y, ink = sites.index(row.site), int(row.layer), "white" if row.share > 0.6 else "black"
-            ax.text(x - 0.44, y, textwrap.fill(str(row.role), 20), ha="left", va="center", fontsize=8, color=ink)
-            ax.text(x + 0.44, y, f"{abs(row.share):.2f}", ha="right", va="center", fontsize=8, color=ink)
+            x, y = sites.index(row.site), int(row.layer)
+            style.write_cell(ax, x - 0.44, y, textwrap.fill(str(row.role), 20), row.share, 8, ha="left")
+            style.write_cell(ax, x + 0.44, y, f"{abs(row.share):.2f}", row.share, 8, ha="right")
             if "decides" in str(row.role):
                 _frame(ax, x, y)
         for edge in np.flatnonzero(depth(np.arange(n_layers), n_layers) > LATE)[:1] - 0.5:
@@ -90,8 +90,7 @@ def plants(table: pd.DataFrame) -> Figure:
         image = ax.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         for (y, x), share in np.ndenumerate(grid):
             if abs(share) >= style.SHOWN:
-                ink = "white" if abs(share) > 0.6 else "black"
-                ax.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=ink)
+                style.write_cell(ax, x, y, f"{100 * share:.0f}", abs(share), 8)
         learned = part.pivot(index="kind", columns="place", values="learned").loc[kinds, places[:-1]].to_numpy(bool)
         for y, row in enumerate(learned):
             ends = np.flatnonzero(np.diff(np.r_[False, row, False]))  # where runs of trained places begin and end

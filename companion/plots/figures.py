@@ -40,9 +40,8 @@ def describe(entry: FigureSpec, table: pd.DataFrame) -> str:
     if "estimate" not in table or table.empty:
         return f"{entry.shows}."
     top = table.loc[table.estimate.abs().idxmax()]
-    where = ", ".join(
-        f"{k} {top[k]}" for k in entry.columns if k not in (*ESTIMATE, "band_low", "band_high", "earliest")
-    )
+    shown = [name for name in entry.columns if name not in (*ESTIMATE, "earliest")]
+    where = ", ".join(f"{name} {top[name]}" for name in shown)
     return f"{entry.shows}. Largest: {top.estimate:.2f} [{top.low:.2f}, {top.high:.2f}] at {where}.{_of_each(entry, table)}"
 
 
@@ -62,12 +61,9 @@ def save_figure(figure: Figure, name: str, slug: str, *, alt: str) -> None:
     folder = figures_dir(slug)
     # "none" keeps text as text: small files that can be searched and read aloud.
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        for suffix, metadata in (
-            ("png", {"Description": alt, "Software": None}),
-            ("svg", {"Description": alt, "Date": None}),
-        ):
+        for suffix, unwanted in (("png", "Software"), ("svg", "Date")):
             with files.replacing(folder / f"{name}.{suffix}") as scratch:
-                figure.savefig(scratch, metadata=metadata)
+                figure.savefig(scratch, metadata={"Description": alt, unwanted: None})
                 if suffix == "png":
                     _fewer_colours(scratch)
 

@@ -46,11 +46,8 @@ def pair_tokens(table: pd.DataFrame) -> Figure:
             axes.add_patch(Rectangle((at, y), 1, 0.9, fc=colour, ec=edge, lw=2 if row.differ else 0.6))
             axes.text(at + 0.5, y + 0.45, text, ha="center", va="center", fontsize=8, rotation=90)
     runs = (own.group != own.group.shift()).cumsum()
-    spans = (
-        own.assign(at=own.index)
-        .groupby(runs)
-        .agg(group=("group", "first"), size=("group", "size"), middle=("at", "mean"))
-    )
+    spans = own.reset_index().groupby(runs)
+    spans = spans.agg(group=("group", "first"), size=("group", "size"), middle=("index", "mean"))
     for run in spans.sort_values("size", kind="stable").drop_duplicates("group", keep="last").itertuples():
         name = str(run.group).replace("_", " ")
         axes.text(run.middle + 0.5, -0.1, name, ha="right", va="top", fontsize=8, rotation=35)
@@ -70,9 +67,7 @@ def component_map(table: pd.DataFrame) -> Figure:
     ax.imshow(grid, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
     for (y, x), value in np.ndenumerate(grid.to_numpy()):
         text = f"{value:.0f}".replace("-0", "0").replace("-", "\N{MINUS SIGN}")
-        ax.text(
-            x, y, text, ha="center", va="center", fontsize=8, color="white" if abs(value) > 0.6 * bound else "black"
-        )
+        style.write_cell(ax, x, y, text, abs(value) / bound, 8)
     ax.set_xticks(range(grid.shape[1]), grid.columns, fontsize=8)
     ax.set_yticks(range(len(grid)), [style.NAMES[site] for site in grid.index])
     ax.set_xlabel("layer")
@@ -94,9 +89,8 @@ def layer_map(table: pd.DataFrame, *, panel: str, title: str) -> Figure:
         image = ax.imshow(cells, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
         for one in part[(100 * part.estimate).round() != 0].itertuples():
             at = cells.columns.get_loc(one.layer), cells.index.get_loc(one.site)
-            dark, sure = abs(one.estimate) > 0.6 * bound, one.low > 0 or one.high < 0
-            looks = {"color": "white" if dark else "black", "fontweight": "bold" if sure else "normal", "fontsize": 7}
-            ax.text(*at, f"{100 * one.estimate:.0f}", ha="center", va="center", **looks)
+            weight = "bold" if one.low > 0 or one.high < 0 else "normal"
+            style.write_cell(ax, *at, f"{100 * one.estimate:.0f}", abs(one.estimate) / bound, fontweight=weight)
         ax.set_yticks(range(len(cells)), [NAMES.get(str(site), str(site)) for site in cells.index])
         ax.set_title(PANELS.get(str(name), str(name)), fontsize=9, fontweight="normal")
         ax.grid(False)
@@ -110,8 +104,7 @@ def layer_map(table: pd.DataFrame, *, panel: str, title: str) -> Figure:
 def centroids(table: pd.DataFrame) -> Figure:
     """Depth of harm and of each benign behaviour, and beside it their difference; columns: quantity, contrast, estimate."""
     figure, axes = style.new_figure(1, 2, 7.2, 2.9, width_ratios=[3, 2])
-    difference = table[table.contrast == "difference"]
-    own = table[table.contrast != "difference"]
+    difference, own = (table[(table.contrast == "difference") == chosen] for chosen in (True, False))
     contrasts = [("harm", "benign"), ("difference",)]
     for ax, part, groups in zip(axes[0], (own, difference), contrasts, strict=True):
         style.draw_dots(ax, part, "quantity", "contrast", distinct(part.quantity), groups)

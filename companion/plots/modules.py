@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
 from companion.plots import style
 from companion.plots.layers import PANELS, layer_map
-from companion.plots.style import ESTIMATE, LOG_ODDS, NAMES, distinct, spec
-
-
-def _map(ax: Axes, grid: pd.DataFrame, bound: float, *, low: float | None = None, colours: str = "RdBu_r") -> AxesImage:
-    """A grid as colours, its rows and columns named; the scale is symmetric around 0 unless `low` is given."""
-    scale = Normalize(-bound if low is None else low, bound)
-    image = ax.imshow(grid.to_numpy(), cmap=colours, norm=scale, aspect="auto")
-    ax.set_yticks(range(len(grid)), [NAMES.get(str(name), str(name)) for name in grid.index], fontsize=8)
-    ax.grid(False)
-    return image
+from companion.plots.style import ESTIMATE, LOG_ODDS, distinct, spec
 
 
 def heads(table: pd.DataFrame) -> Figure:
@@ -35,7 +23,9 @@ def heads(table: pd.DataFrame) -> Figure:
     for ax, effect in zip(axes[:, 0], effects, strict=True):
         part = table[table.effect == effect]
         grid = part.pivot(index="head", columns="layer", values="estimate")
-        image = _map(ax, grid, bound)
+        image = ax.imshow(grid, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
+        ax.set_yticks(range(n_heads), grid.index, fontsize=8)
+        ax.grid(False)
         places = {name: {value: i for i, value in enumerate(getattr(grid, name))} for name in ("columns", "index")}
         x, y = part.layer.map(places["columns"]), part["head"].map(places["index"])
         sure = ((part.low > 0) | (part.high < 0)) & (part.estimate.abs() > bound / 20)
@@ -60,14 +50,12 @@ def patterns(table: pd.DataFrame) -> Figure:
     for ax, name in zip(axes[:, 0], names, strict=True):
         part = table[table.panel == name]
         grid = part.pivot(index="head", columns="position", values="weight").loc[distinct(part["head"])]
-        image = _map(ax, grid, bound, low=0.0, colours="Blues")
+        image = ax.imshow(grid, cmap="Blues", vmin=0.0, vmax=bound, aspect="auto")
+        ax.set_yticks(range(len(grid)), grid.index, fontsize=8)
+        ax.grid(False)
         for (y, x), weight in np.ndenumerate(grid.to_numpy()):
             if weight >= 0.05:
-                text, colour = (
-                    f"{weight:.2f}"[1:] if weight < 0.995 else "1",
-                    "white" if weight > 0.6 * bound else "black",
-                )
-                ax.text(x, y, text, ha="center", va="center", fontsize=7, color=colour)
+                style.write_cell(ax, x, y, f"{weight:.2f}"[1:] if weight < 0.995 else "1", weight / bound)
         tokens = part.drop_duplicates("position").sort_values("position").token
         ax.set_xticks(range(len(tokens)), tokens, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
         ax.set_title(name, fontsize=9)

@@ -39,8 +39,7 @@ def _map(ax: Axes, part: pd.DataFrame, row: str, value: str, bound: float) -> Ax
             ax.axhspan(y - 0.5, y + 0.5, 0, width / grid.shape[1], **hatched)
         for x, number in enumerate(grid.loc[name]):
             if abs(number) >= style.SHOWN:
-                colour = "white" if abs(number) > 0.6 * bound else "black"
-                ax.text(x, y, f"{100 * number:.0f}", ha="center", va="center", fontsize=7, color=colour)
+                style.write_cell(ax, x, y, f"{100 * number:.0f}", abs(number) / bound)
     ax.set_xticks(range(grid.shape[1]), grid.columns)
     ax.set_xlabel("layer")
     ax.set_ylim(len(rows) - 0.5, -0.5)
@@ -90,14 +89,10 @@ def carriers(table: pd.DataFrame) -> Figure:
 
 def timing(table: pd.DataFrame) -> Figure:
     """Rates of harmful answers by schedule, one symbol for what is held."""
-    named = table.assign(schedule=table.schedule.map(lambda name: TIMES.get(name, name)))
-    named = named.assign(
-        clamp=named.clamp.replace({"neurons": "its largest neurons", "whole MLP": "its whole MLP output"})
-    )
-    return style.dots(
-        named, row="schedule", group="clamp", title="The last layer is held at a refusing run's values: when, and what then?",
-        unit="share of harmful answers", limits=(-0.05, 1.05), below=True,
-    )  # fmt: skip
+    named = {"schedule": TIMES, "clamp": {"neurons": "its largest neurons", "whole MLP": "its whole MLP output"}}
+    title = "The last layer is held at a refusing run's values: when, and what then?"
+    looks = {"unit": "share of harmful answers", "limits": (-0.05, 1.05), "below": True}
+    return style.dots(table.replace(named), row="schedule", group="clamp", title=title, **looks)
 
 
 SHARES = (-0.5, 1.5)
