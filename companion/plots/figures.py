@@ -20,10 +20,10 @@ from companion.base import files
 from companion.base.display import NotDefined
 from companion.base.errors import InputError
 from companion.base.paths import FIGURES, NOTEBOOKS, RESULTS, check_slug, figures_dir, results_dir
-from companion.plots import calibration, layers, modules, neurons, steering, style, tokens
+from companion.plots import calibration, layers, neurons, steering, style, tokens
 from companion.plots.style import ESTIMATE, FigureSpec
 
-PARTS = (layers, modules, neurons, tokens, steering, calibration)
+PARTS = (layers, neurons, tokens, steering, calibration)
 SPECS = tuple(sorted((one for part in PARTS for one in part.SPECS), key=lambda one: one.name.partition("_")[0]))
 
 

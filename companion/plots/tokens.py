@@ -91,8 +91,10 @@ def timing(table: pd.DataFrame) -> Figure:
     """Rates of harmful answers by schedule, one symbol for what is held."""
     named = {"schedule": TIMES, "clamp": {"neurons": "its largest neurons", "whole MLP": "its whole MLP output"}}
     title = "The last layer is held at a refusing run's values: when, and what then?"
-    looks = {"unit": "share of harmful answers", "limits": (-0.05, 1.05), "below": True}
-    return style.dots(table.replace(named), row="schedule", group="clamp", title=title, **looks)
+    return style.dots(
+        table.replace(named), row="schedule", group="clamp", title=title, unit="share of harmful answers",
+        limits=(-0.05, 1.05), below=True,
+    )  # fmt: skip
 
 
 SHARES = (-0.5, 1.5)
