@@ -239,8 +239,6 @@ def test_the_index_finds_the_cell_that_shows_a_figure(tmp_path: Path, monkeypatc
 
 # ---- style, and the kinds of drawing ----
 
-WORDS = {"x_label": "cost", "y_label": "harm", "title": ""}
-
 
 def test_an_interval_beside_its_estimate_is_drawn_where_it_is() -> None:
     """A BCa interval of a skewed statistic need not hold the estimate."""
@@ -322,6 +320,18 @@ def test_what_decides_is_framed() -> None:
     table.loc[3, "role"] = "decides"
     (frame,) = calibration.built(table).axes[0].patches
     assert (frame.get_x(), frame.get_y()) == pytest.approx((0.53, 0.55))
+
+
+def test_places_that_were_trained_are_framed_together() -> None:
+    shares = {"estimate": 0.5, "low": 0.4, "high": 0.6}
+    table = pd.DataFrame(
+        {"place": list("abcde"), "learned": [True, True, False, True, True], "kind": "k", "effect": "e", **shares}
+    )
+    frames = calibration.plants(table).axes[0].patches  # the last place is all of them together
+    assert [(one.get_x(), one.get_width()) for one in frames] == [
+        pytest.approx((-0.47, 1.94)),
+        pytest.approx((2.53, 0.94)),
+    ]
 
 
 # ---- view ----
