@@ -201,7 +201,7 @@ def test_refusals_against_everything_else_on_the_device(place: torch.device, fam
             for name in ("Y1", "contrast.frozen")
         ]
         named += estimands.outcomes.opener_probabilities(subject, ends[0][:, 0], openers)
-        named.append(last_layer_log_odds(subject, *runs, openers.comply, openers.refuse))
+        named.append(last_layer_log_odds(subject, *runs, openers))
         named.append(opened_with(subject, runs[0].tokens, [openers.comply] * 3, 3)[0])
         named.append(attribution(subject, *runs, partial(screening.log_odds, subject, openers)))
         found.append([one.cpu() for one in named])

@@ -85,8 +85,8 @@ def on_site(parts: LayerParts, site: str, see: Callable[[Tensor], Tensor | None]
     return on_output(modules[site], see)
 
 
-def position_mask(tokens: Tensor, position: int) -> Bool[Tensor, "pair pos"]:
-    """True at one position of every pair; negative positions count from the end."""
+def position_mask(tokens: Tensor, position: int | list[int]) -> Bool[Tensor, "pair pos"]:
+    """True at one position, or several, of every pair; negative positions count from the end."""
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     mask[:, position] = True
     return mask

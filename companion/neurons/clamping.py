@@ -135,15 +135,9 @@ def _changed(change: Callable[..., Tensor], *runs: CleanRun) -> CleanRun:
     return replace(runs[0], tokens=change(*(run.tokens for run in runs)), **kept)
 
 
-def joined_by_treatment(caches: Sequence[LastLayerCache]) -> dict[str, LastLayerCache]:
-    """The caches of all batches of each treatment as one."""
-    found: dict[str, list[LastLayerCache]] = {}
-    for one in caches:
-        found.setdefault(one.batch.pairs[0].pair.treatment, []).append(one)
-    return {name: _joined(some) for name, some in found.items()}
-
-
 def _joined(caches: Sequence[LastLayerCache]) -> LastLayerCache:
+    """The caches of all batches of one treatment as one."""
+
     def cat(*tensors: Tensor) -> Tensor:
         return torch.cat(tensors)
 
@@ -173,17 +167,18 @@ def four_cells(
         ids.setdefault(one.pair.treatment, set()).add(one.pair.id)
     known = {name for name, one in caches.items() if {pair.pair.id for pair in one.batch.pairs} == ids.get(name)}
     wanted = [pair for pair in pairs if below or pair.pair.treatment not in known]
-    rows, made = list[Rows](), list[LastLayerCache]()
+    rows, made = list[Rows](), dict[str, list[LastLayerCache]]()
     for group in progress(estimands.batches(wanted, subject), desc="gates"):
-        batch, own = estimands.run_clean(subject, group), openers[group[0].pair.treatment]
+        batch, treatment = estimands.run_clean(subject, group), group[0].pair.treatment
         factors = {layer: product(subject, batch, layer) for layer in {one.layer for one in split}}
-        rows += _rows(subject, batch, own, below, {one: factors[one.layer] for one in below if one in split})
-        made.append(LastLayerCache(last_column(batch), factors.get(last)))
+        of_sets = {one: factors[one.layer] for one in below if one in split}
+        rows += _rows(subject, batch, openers[treatment], below, of_sets)
+        made.setdefault(treatment, []).append(LastLayerCache(last_column(batch), factors.get(last)))
         del batch  # before the next one is made
-    caches.update(joined_by_treatment(made))
+    caches |= {name: _joined(some) for name, some in made.items()}
     for name in sorted(ids):
-        factors_of = {one: caches[name].factors for one in top if one in split}
-        rows += _rows(subject, caches[name].batch, openers[name], top, factors_of)
+        of_sets = {one: caches[name].factors for one in top if one in split}
+        rows += _rows(subject, caches[name].batch, openers[name], top, of_sets)
     return table_of(rows)
 
 
@@ -223,9 +218,7 @@ def clamped_products(
 ) -> list[Rows]:
     """Rows of a form from the values of `crossed` for each set: the mean over both backgrounds, with their own TE."""
     runs, at = (batch.control, batch.treated), position_mask(batch.control.tokens, -1)
-    patches = [
-        Patch("neuron", one.layer, at, one.neurons, value) for one, values in crossings.items() for value in values
-    ]
+    patches = [Patch("neuron", one.layer, at, one.neurons, value) for one in crossings for value in crossings[one]]
     shape = (len(crossings), len(CELLS))
     backgrounds = [replay.interchange(subject, run, run, patches)[:, :, 0].unflatten(1, shape) for run in runs]
     clean, made = [run.resid_post[-1][:, -1, None, None] for run in runs], []

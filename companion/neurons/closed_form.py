@@ -46,6 +46,16 @@ def is_closed(subject: Subject) -> bool:
     return not subject.post_norm and subject.soft_cap is None
 
 
+def _centred(centred: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors as the final norm scales them: without their mean if it is a LayerNorm."""
+    return tuple(tensor - tensor.mean(-1, keepdim=True) for tensor in tensors) if centred else tensors
+
+
+def last_layer_vectors(subject: Subject) -> Float[Tensor, "neuron d"]:
+    """What each last-layer neuron writes per unit."""
+    return written_vectors(projection(subject.layers[-1], "neuron"))
+
+
 @torch.no_grad()
 def last_layer_neurons(
     subject: Subject, base: CleanRun, source: CleanRun, rows: Int[Tensor, "row"]
@@ -55,9 +65,7 @@ def last_layer_neurons(
     if not is_closed(subject):
         return _replayed(subject, base, source, lambda resid: logits(subject, resid, rows))
     gain, norm_bias, eps = norm_gain(subject.final_norm)
-    resid, vectors = base.resid_post[last][:, -1], written_vectors(projection(subject.layers[last], "neuron"))
-    if is_centred(subject.final_norm):
-        resid, vectors = (x - x.mean(-1, keepdim=True) for x in (resid, vectors))
+    resid, vectors = _centred(is_centred(subject.final_norm), base.resid_post[last][:, -1], last_layer_vectors(subject))
     change = (source.site("neuron", last) - base.site("neuron", last))[:, -1]
     square = resid.pow(2).sum(-1, keepdim=True)
     square = square + 2 * change * (resid @ vectors.T) + change.pow(2) * vectors.pow(2).sum(-1)
@@ -79,19 +87,17 @@ def _replayed(
 
 @torch.no_grad()
 def last_layer_log_odds(
-    subject: Subject, base: CleanRun, source: CleanRun, comply: Sequence[int], refuse: Sequence[int]
+    subject: Subject, base: CleanRun, source: CleanRun, openers: Openers
 ) -> Float[Tensor, "pair neuron"]:
-    """log p(any comply token) - log p(any refuse token) after each neuron's patch, in log-odds (float64)."""
-    last = subject.n_layers - 1
-    if len(comply) + len(refuse) == len(subject.unembedding[0]):  # refusals against all other tokens
-        if is_closed(subject):
-            change = (source.site("neuron", last) - base.site("neuron", last))[:, -1]
-            vectors = written_vectors(projection(subject.layers[last], "neuron"))
-            return written_log_odds(subject, base.resid_post[last][:, -1], change, vectors, refuse)
-        return _replayed(subject, base, source, partial(log_odds_against_rest, subject, rows=refuse))
-    rows = subject.tensor([*comply, *refuse])
+    """log p(any comply token) - log p(any refuse token) after each neuron's patch, in log-odds (float64).
+
+    Refusals against all other tokens are replayed; where the model `is_closed`, `last_layer_both_ways` needs no replay.
+    """
+    if openers.rest:
+        return _replayed(subject, base, source, partial(log_odds_against_rest, subject, rows=openers.refuse))
+    rows, n_comply = subject.tensor([*openers.comply, *openers.refuse]), len(openers.comply)
     both = last_layer_neurons(subject, base, source, rows).double()
-    return both[..., : len(comply)].logsumexp(-1) - both[..., len(comply) :].logsumexp(-1)
+    return both[..., :n_comply].logsumexp(-1) - both[..., n_comply:].logsumexp(-1)
 
 
 @torch.no_grad()
@@ -107,8 +113,7 @@ def written_log_odds(
     """
     gain, norm_bias, eps = norm_gain(subject.final_norm)
     weight, head_bias = subject.unembedding
-    if is_centred(subject.final_norm):
-        resid, vectors = (x - x.mean(-1, keepdim=True) for x in (resid, vectors))
+    resid, vectors = _centred(is_centred(subject.final_norm), resid, vectors)
     own = resid.pow(2).sum(-1, keepdim=True).expand_as(change)
     square = own + 2 * change * (resid @ vectors.T) + change.pow(2) * vectors.pow(2).sum(-1)
     square = square if frozen is None else torch.where(frozen[:, None], own, square)
@@ -135,12 +140,9 @@ def last_layer_outputs(subject: Subject) -> Float[Tensor, "neuron row"] | None:
     """What each last-layer neuron adds to all logits per unit, U (g w_j), for `written_log_odds` of many batches; None where
     that is too large to keep.
     """
-    weight, _ = subject.unembedding
-    vectors = written_vectors(projection(subject.layers[-1], "neuron"))
+    (weight, _), (vectors,) = subject.unembedding, _centred(is_centred(subject.final_norm), last_layer_vectors(subject))
     if len(vectors) * weight.shape[0] * weight.element_size() > OUTPUT_BYTES:
         return None
-    if is_centred(subject.final_norm):
-        vectors = vectors - vectors.mean(-1, keepdim=True)
     return (norm_gain(subject.final_norm)[0] * vectors) @ weight.T
 
 
@@ -182,8 +184,8 @@ def last_layer_both_ways(
     change = (treated.site("neuron", last) - control.site("neuron", last))[:, -1]
     resid = torch.cat(2 * [run.resid_post[last][:, -1] for run in (control, treated)])
     frozen = torch.arange(4, device=change.device).repeat_interleave(len(change)) >= 2
-    vectors = written_vectors(projection(subject.layers[last], "neuron"))
-    return written_log_odds(subject, resid, torch.cat(2 * [change, -change]), vectors, refuse, frozen, said).chunk(4)
+    both = torch.cat(2 * [change, -change])
+    return written_log_odds(subject, resid, both, last_layer_vectors(subject), refuse, frozen, said).chunk(4)
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ class OpenerReadout:
         products: Float[Tensor, "set member member"], outputs: Float[Tensor, "set member row"],
     ) -> Float[Tensor, "pair set"]:  # fmt: skip
         """Change of Y1 if each set's neurons change together; `outputs` is what its members write."""
-        resid, change = self._centred(resid), change.double()
+        (resid,), change = _centred(self.centred, resid.double()), change.double()
         own = change[:, members].transpose(0, 1)
         square = ((own @ products) * own).sum(-1).T
         inner = (change * (resid @ self.vectors.T))[:, members].sum(-1)
@@ -219,15 +221,11 @@ class OpenerReadout:
         products: Float[Tensor, "neuron neuron"],
     ) -> Float[Tensor, "pair size"]:  # fmt: skip
         """Change of Y1 if the first 1, 2, ... neurons of an order change together."""
-        resid, own = self._centred(resid), change.double()[:, order]
+        (resid,), own = _centred(self.centred, resid.double()), change.double()[:, order]
         # What a neuron adds to |w_S|^2: twice its product with those before it, and its own square.
         added = own * (2 * own @ products.triu(1) + own * products.diagonal())
         inner = running_sum(own * (resid @ self.vectors[order].T), -1)
         return self._change(resid, inner, running_sum(added, -1), running_sum(own[..., None] * self.outputs[order], 1))
-
-    def _centred(self, resid: Float[Tensor, "pair d"]) -> Float[Tensor, "pair d"]:
-        resid = resid.double()
-        return resid - resid.mean(-1, keepdim=True) if self.centred else resid
 
     def _change(
         self, resid: Float[Tensor, "pair d"], inner: Float[Tensor, "pair set"], square: Float[Tensor, "pair set"],
@@ -235,8 +233,7 @@ class OpenerReadout:
     ) -> Float[Tensor, "pair set"]:  # fmt: skip
         """From h.w_S, |w_S|^2 and the change of the logits before the norm's scale."""
         z, size = (resid @ self.unembed.T)[:, None], resid.pow(2).sum(-1, keepdim=True)
-        start = self._log_odds(z, size)
-        return self._log_odds(z + moved, size + 2 * inner + square) - start
+        return self._log_odds(z + moved, size + 2 * inner + square) - self._log_odds(z, size)
 
     def _log_odds(
         self, unscaled: Float[Tensor, "pair set row"], size: Float[Tensor, "pair set"]
@@ -259,7 +256,6 @@ def opener_readout(subject: Subject, openers: Openers) -> OpenerReadout | None:
         bias = bias + chosen @ norm_bias.double()
     if head_bias is not None:
         bias = bias + head_bias[rows]
-    vectors = written_vectors(projection(subject.layers[-1], "neuron")).double()
     centred, unembed = is_centred(subject.final_norm), chosen * gain.double()
-    vectors = vectors - vectors.mean(-1, keepdim=True) if centred else vectors
+    (vectors,) = _centred(centred, last_layer_vectors(subject).double())
     return OpenerReadout(vectors, vectors @ unembed.T, unembed, bias, eps, len(openers.comply), centred)

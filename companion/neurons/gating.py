@@ -69,17 +69,12 @@ class GateIndex:
         return min(self.at_stake, self.own) >= LEAST
 
 
-def sparse_size(d_mlp: int) -> int:
-    """How many neurons a sparse set has.
-
-    >>> sparse_size(384), sparse_size(11008)
-    (8, 110)
-    """
-    return min(d_mlp, max(FEW, d_mlp // 100))
-
-
 def absolute(estimate: float, low: float, high: float) -> tuple[float, float, float]:
-    """Absolute value of an estimate and the interval of it: from 0 where the signed interval holds 0."""
+    """Absolute value of an estimate and the interval of it: from 0 where the signed interval holds 0.
+
+    >>> absolute(0.3, 0.2, 0.7), absolute(-0.3, -0.7, -0.2), absolute(-0.3, -0.7, 0.1)
+    ((0.3, 0.2, 0.7), (0.3, 0.2, 0.7), (0.3, 0.0, 0.7))
+    """
     limits = (abs(low), abs(high))
     return abs(estimate), 0.0 if low <= 0 <= high else min(limits), max(limits)
 
@@ -231,16 +226,17 @@ def sets_of(study: Study, table: pd.DataFrame, treatment: str) -> dict[str, Neur
 
     Layers of which fewer neurons were measured than a sparse set has are left out.
     """
-    size, last = sparse_size(study.subject.d_mlp), study.subject.n_layers - 1
+    d_mlp, last = study.subject.d_mlp, study.subject.n_layers - 1
+    size = min(d_mlp, max(FEW, d_mlp // 100))
     rows = table[(table.treatment == treatment) & (table.split == "discover")]
     layers = rows.assign(moves=(rows.nie0 != 0) | (rows.nie1 != 0)).groupby("layer")["moves"].agg(["size", "any"])
     found = {}
-    for layer in (int(layer) for layer in layers.index[layers["any"] & (layers["size"] >= size)]):
-        chosen = tuple(int(neuron) for neuron in ranking(table, treatment, layer)[:size])
+    for layer in layers.index[layers["any"] & (layers["size"] >= size)].tolist():
+        chosen = tuple(ranking(table, treatment, layer)[:size].tolist())
         name = LAST if layer == last else f"layer {layer}"
         found[name] = NeuronSet(name, layer, chosen)
     if LAST in found:
-        found[WHOLE] = NeuronSet(WHOLE, last, tuple(range(study.subject.d_mlp)))
+        found[WHOLE] = NeuronSet(WHOLE, last, tuple(range(d_mlp)))
     return found
 
 

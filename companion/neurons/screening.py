@@ -102,7 +102,7 @@ def _mean_estimate(study: Study, pairs: list[TokenPair]) -> Float[np.ndarray, "l
 def log_odds(subject: Subject, openers: Openers, resid: Float[Tensor, "pair d"]) -> Float[Tensor, "pair"]:
     """Y1 as `outcomes.log_odds` computes it, but with gradients."""
     weight, bias = subject.unembedding
-    rows = slice(None) if openers.rest else torch.tensor(openers.comply + openers.refuse, device=resid.device)
+    rows = slice(None) if openers.rest else subject.tensor(openers.comply + openers.refuse)
     logits = nn.functional.linear(subject.final_norm(resid), weight[rows], None if bias is None else bias[rows])
     if subject.soft_cap is not None:
         logits = subject.soft_cap * torch.tanh(logits / subject.soft_cap)

@@ -20,10 +20,9 @@ from companion.base.device import running_sum, to_host
 from companion.base.errors import InputError
 from companion.mediation import outcomes
 from companion.mediation.study import Study
-from companion.model.architecture import Subject, written_vectors
-from companion.model.interventions import projection
+from companion.model.architecture import Subject
 from companion.neurons import single
-from companion.neurons.closed_form import opener_readout
+from companion.neurons.closed_form import last_layer_vectors, opener_readout
 from companion.neurons.single import BLOCK, FinalStates, PairEffects, residual_change
 from companion.stats import bootstrap
 from companion.stats.bootstrap import interval
@@ -56,12 +55,7 @@ class Measured:
 
 def measure_all(study: Study, columns: Mapping[str, pd.DataFrame]) -> Measured:
     """`measure_chosen` for each treatment that `columns` names and the study has, and T2 - T2b where it can be."""
-    names = [name for name in columns if name in study.treatments]
-    return collected(study, {name: single.measure_chosen(study, name, columns[name]) for name in names})
-
-
-def collected(study: Study, found: Mapping[str, tuple[PairEffects, FinalStates]]) -> Measured:
-    """What was measured of each treatment, with the contrast T2 - T2b where it can be."""
+    found = {name: single.measure_chosen(study, name, columns[name]) for name in columns if name in study.treatments}
     effects = {name: made for name, (made, _) in found.items()}
     if study.twins and {"T2", "T2b"} <= set(effects):
         effects["T2-T2b"] = single.difference(effects["T2"], effects["T2b"], study.twins)
@@ -84,7 +78,7 @@ def joint(subject: Subject, states: FinalStates, members: Int[np.ndarray, "set m
     is_double = members.ndim != 2 or bool((np.diff(np.sort(members, axis=1), axis=1) == 0).any())
     if is_double or members.min() < 0 or members.max() >= subject.d_mlp:
         raise InputError(f"sets {members.shape}: expected rows of different neurons of 0 to {subject.d_mlp - 1}")
-    vectors, known = _vectors(subject), opener_readout(subject, states.openers)
+    vectors, known = last_layer_vectors(subject), opener_readout(subject, states.openers)
     step = max(1, BLOCK // (max(PAIRS, members.shape[1]) * subject.d_model))
     columns, starts = pd.DataFrame({"set": range(len(members))}), range(0, len(members), step)
     parts = [torch.tensor(members[first : first + step], device=vectors.device) for first in starts]
@@ -110,7 +104,7 @@ def cumulative(
     subject: Subject, states: FinalStates, order: Int[np.ndarray, "neuron"], ks: Sequence[int] | Int[np.ndarray, "size"]
 ) -> PairEffects:
     """NIE0 and NIE1 of the first k neurons of an order together, for each k (increasing); a column is one k."""
-    vectors, ks, known = _vectors(subject), np.asarray(ks), opener_readout(subject, states.openers)
+    vectors, ks, known = last_layer_vectors(subject), np.asarray(ks), opener_readout(subject, states.openers)
     step, columns = max(1, BLOCK // (PAIRS * subject.d_model)), pd.DataFrame({"k": ks})
     members = torch.tensor(order[: int(ks[-1])].copy(), device=vectors.device)
 
@@ -140,7 +134,7 @@ def whole_layer(subject: Subject, states: FinalStates, is_frozen: bool = False) 
     With `is_frozen` the final norm keeps the scale of the control run in all four cells, TE's too.
     """
     like = states.resid[0] if is_frozen else None
-    write = (states.neurons[1] - states.neurons[0]) @ _vectors(subject)
+    write = (states.neurons[1] - states.neurons[0]) @ last_layer_vectors(subject)
     cells = [*states.resid]
     for base, sign in ((0, 1), (1, -1)):
         moved = residual_change(subject, subject.n_layers - 1, states.neurons[base], sign * write[:, None])[:, 0]
@@ -149,10 +143,6 @@ def whole_layer(subject: Subject, states: FinalStates, is_frozen: bool = False) 
     y00, y11, y01, y10 = odds
     pairs = states.pairs.assign(te=(y11 - y00)[:, 0])
     return PairEffects(states.treatment, pairs, pd.DataFrame({"set": [0]}), {"nie0": y01 - y00, "nie1": y11 - y10})
-
-
-def _vectors(subject: Subject) -> Float[Tensor, "neuron d"]:
-    return written_vectors(projection(subject.layers[-1], "neuron"))
 
 
 def _formed(subject: Subject, states: FinalStates, writes: Writes) -> Scores:
@@ -229,8 +219,8 @@ def curve_summary(curve: PairEffects, value: str = "nie") -> bootstrap.Estimates
     psi is a share of TE, the others are of the curve as a share of the whole layer's joint effect. Where no k settles,
     k counts as one more than there are neurons.
     """
-    ks = curve.columns["k"].to_numpy()
-    sums = topic_sums(curve.pairs, np.column_stack([curve.effect(value), curve.pairs.te]))
+    ks, effect = curve.columns["k"].to_numpy(), curve.nie if value == "nie" else curve.values[value]
+    sums = topic_sums(curve.pairs, np.column_stack([effect, curve.pairs.te]))
 
     def statistic(total: np.ndarray, count: np.ndarray) -> np.ndarray:
         mean = total / count

@@ -23,7 +23,7 @@ from companion.base.display import progress
 from companion.base.errors import InputError
 from companion.base.thresholds import SATURATED
 from companion.mediation import estimands, outcomes
-from companion.mediation.estimands import Batch, twin_rows
+from companion.mediation.estimands import twin_rows
 from companion.mediation.study import Study
 from companion.model.activations import CleanRun
 from companion.model.architecture import Subject, written_vectors
@@ -74,10 +74,6 @@ class PairEffects:
     def nie(self) -> Float[np.ndarray, "pair column"]:
         """The mean of both directions."""
         return (self.values["nie0"] + self.values["nie1"]) / 2
-
-    def effect(self, value: str) -> Float[np.ndarray, "pair column"]:
-        """One of `values`, or "nie"."""
-        return self.nie if value == "nie" else self.values[value]
 
 
 @dataclass(frozen=True)
@@ -199,58 +195,34 @@ def measure_chosen(study: Study, treatment: str, columns: pd.DataFrame) -> tuple
     groups = estimands.batches(study.of(treatment), study.subject)
     if not groups:
         raise InputError(f"the study has no pairs of {treatment}: it has {', '.join(study.treatments)}")
-    subject, parts = study.subject, []
-    reads_all = (
-        study.openers[treatment].rest
-        and closed_form.is_closed(subject)
-        and (columns.layer == subject.n_layers - 1).any()
-    )
+    subject, openers = study.subject, study.openers[treatment]
+    pairs, values, residuals, inputs = [], [], [], []
+    reads_all = openers.rest and closed_form.is_closed(subject) and (columns.layer == subject.n_layers - 1).any()
     said = closed_form.last_layer_outputs(subject) if reads_all else None
     for group in progress(groups, desc=f"neurons, {treatment}"):
         batch = estimands.run_clean(subject, group)
-        parts.append(measure_batch(study, batch, columns, said))
-    return joined_batches(parts)
-
-
-def measure_batch(
-    study: Study, batch: Batch, columns: pd.DataFrame, said: Float[Tensor, "neuron row"] | None = None
-) -> tuple[PairEffects, FinalStates]:
-    """`measure_chosen` for the pairs of one batch of clean runs; `said` as in `closed_form.written_log_odds`."""
-    subject, treatment, sides = study.subject, batch.pairs[0].pair.treatment, (batch.control, batch.treated)
-    openers = study.openers[treatment]
-    # The shape of the replay's own read-out, so that a patch that changes nothing has an effect of exactly 0.
-    clean = [outcomes.log_odds(subject, run.resid_post[-1][:, None, -1:], openers)[:, 0] for run in sides]
-    y00, y11 = (to_host(odds[:, 0]) for odds in clean)
-    named = [(one.pair.id, one.pair.topic, one.pair.split) for one in batch.pairs]
-    pairs = pd.DataFrame(named, columns=["pair_id", "topic", "split"]).assign(
-        te=y11 - y00, unsaturated=np.maximum(abs(y00), abs(y11)) <= SATURATION
-    )
-    values = _batch_values(subject, batch, columns, openers, clean, said)
-    states = (torch.stack([getattr(run, name)[-1][:, -1] for run in sides]) for name in ("resid_post", "neurons"))
-    effects = PairEffects(treatment, pairs, columns.reset_index(drop=True), values)
-    return effects, FinalStates(treatment, pairs, openers, *states)
-
-
-def joined_batches(parts: Sequence[tuple[PairEffects, FinalStates]]) -> tuple[PairEffects, FinalStates]:
-    """What was measured of all batches of one treatment as one."""
-    effects, states = zip(*parts, strict=True)
-    pairs = pd.concat([one.pairs for one in effects], ignore_index=True)
-    values = {name: np.concatenate([one.values[name] for one in effects]) for name in effects[0].values}
-    resid, neurons = (torch.cat([getattr(one, name) for one in states], dim=1) for name in ("resid", "neurons"))
-    whole = replace(states[0], pairs=pairs, resid=resid, neurons=neurons)
-    return replace(effects[0], pairs=pairs, values=values), whole
+        runs = batch.control, batch.treated
+        # The shape of the replay's own read-out, so that a patch that changes nothing has an effect of exactly 0.
+        clean = [outcomes.log_odds(subject, run.resid_post[-1][:, None, -1:], openers)[:, 0] for run in runs]
+        y00, y11 = (to_host(odds[:, 0]) for odds in clean)
+        named = [(one.pair.id, one.pair.topic, one.pair.split) for one in group]
+        unsaturated = np.maximum(abs(y00), abs(y11)) <= SATURATION
+        table = pd.DataFrame(named, columns=["pair_id", "topic", "split"])
+        pairs.append(table.assign(te=y11 - y00, unsaturated=unsaturated))
+        values.append(_batch_values(subject, runs, columns, openers, clean, said))
+        residuals.append(torch.stack([run.resid_post[-1][:, -1] for run in runs]))
+        inputs.append(torch.stack([run.neurons[-1][:, -1] for run in runs]))
+    known = pd.concat(pairs, ignore_index=True)
+    joined = {name: np.concatenate([one[name] for one in values]) for name in values[0]}
+    states = FinalStates(treatment, known, openers, torch.cat(residuals, dim=1), torch.cat(inputs, dim=1))
+    return PairEffects(treatment, known, columns.reset_index(drop=True), joined), states
 
 
 def _batch_values(
-    subject: Subject,
-    batch: Batch,
-    columns: pd.DataFrame,
-    openers: Openers,
-    clean: Sequence[Tensor],
+    subject: Subject, runs: tuple[CleanRun, CleanRun], columns: pd.DataFrame, openers: Openers, clean: Sequence[Tensor],
     said: Tensor | None,
-) -> dict[str, Float[np.ndarray, "pair column"]]:
-    runs = (batch.control, batch.treated)
-    found = {name: np.zeros((len(batch.pairs), len(columns))) for name in ("nie0", "nie1", "direct")}
+) -> dict[str, Float[np.ndarray, "pair column"]]:  # fmt: skip
+    found = {name: np.zeros((len(clean[0]), len(columns))) for name in ("nie0", "nie1", "direct")}
     layers, neurons = columns["layer"].to_numpy(), columns["neuron"].to_numpy()
     below: dict[int, np.ndarray] = {}  # places of the columns of each layer whose own writes are read out together
     for layer in (int(layer) for layer in np.unique(layers)):
@@ -268,8 +240,7 @@ def _batch_values(
         for side, name, sign in ((0, "nie0", 1), (1, "nie1", -1)):
             base, source = runs[side], runs[1 - side]
             if layer == subject.n_layers - 1:
-                every = closed_form.last_layer_log_odds(subject, base, source, openers.comply, openers.refuse)
-                after = every[:, chosen]
+                after = closed_form.last_layer_log_odds(subject, base, source, openers)[:, chosen]
             else:
                 y1 = partial(outcomes.log_odds, subject, openers=openers)
                 after = each_neuron(subject, base, source, layer, chosen, y1)

@@ -31,7 +31,7 @@ from companion.mediation.study import Study
 from companion.model import activations, memory, replay
 from companion.model.activations import CleanRun
 from companion.model.architecture import Subject
-from companion.model.interventions import Patch, on_site
+from companion.model.interventions import Patch, on_site, position_mask
 from companion.neurons.clamping import NeuronSet
 from companion.prompts.tokens import Openers, TokenPair
 
@@ -99,18 +99,13 @@ def _effects_on_text(
     """Effects on log p of one continuation, clamped at the first or at every one of its tokens."""
     runs = [outcomes.forced_run(subject, prompt, text, beside=prompts) for prompt in prompts]
     at = outcomes.decided_at(runs[0], text)
-    patches = [_patch(one, runs[0], where) for one in sets for where in (at[:1], at)]
+    masks = [position_mask(runs[0].tokens, where) for where in (at[:1], at)]
+    patches = [Patch("neuron", one.layer, mask, one.neurons) for one in sets for mask in masks]
     both = []
     for base, source, sign in ((runs[0], runs[1], 1), (runs[1], runs[0], -1)):
         clean, moved = _log_probs(subject, base, source, patches, text)
         both.append(sign * (moved - clean))
     return to_host(((both[0] + both[1]) / 2).reshape(len(text[0]), len(sets), 2))
-
-
-def _patch(one: NeuronSet, run: CleanRun, at: list[int], value: Tensor | None = None) -> Patch:
-    mask = torch.zeros_like(run.tokens, dtype=torch.bool)
-    mask[:, at] = True
-    return Patch("neuron", one.layer, mask, one.neurons, value)
 
 
 def _log_probs(
@@ -150,7 +145,11 @@ def closing_cost(
         turns = torch.tensor([turn[one.pair.id] for one in group], device=prompt.device)
         run = outcomes.forced_run(subject, prompt, text)
         at = outcomes.decided_at(run, text)
-        patches = [_patch(one, run, at, values[turns % len(values)][:, None]) for one, values in closed.items()]
+        where, held = (
+            position_mask(run.tokens, at),
+            {one: values[turns % len(values)] for one, values in closed.items()},
+        )
+        patches = [Patch("neuron", one.layer, where, one.neurons, values[:, None]) for one, values in held.items()]
         clean, moved = _log_probs(subject, run, run, patches, text)
         lost, n_tokens = to_host(clean - moved), to_host(text[1].sum(1)).astype(float)
         for i, one in enumerate(group):
@@ -259,11 +258,9 @@ def _text_log_prob(
     base = outcomes.forced_run(subject, prompt, text)
     at = outcomes.decided_at(base, text)
     value = torch.cat([control.prompt, control.answer.expand(-1, len(at) - 1, -1)], dim=1)
-    patches = []
-    for schedule in schedules:
-        where = torch.zeros_like(base.tokens, dtype=torch.bool)
-        where[:, [place for step, place in enumerate(at) if SCHEDULES[schedule](step)]] = True
-        patches.append(Patch(clamp.site, subject.n_layers - 1, where, clamp.neurons, value))
+    places = ([place for step, place in enumerate(at) if SCHEDULES[schedule](step)] for schedule in schedules)
+    masks = [position_mask(base.tokens, some) for some in places]
+    patches = [Patch(clamp.site, subject.n_layers - 1, mask, clamp.neurons, value) for mask in masks]
     return outcomes.patched_text_log_probs(subject, base, base, patches, text)
 
 

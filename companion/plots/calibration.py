@@ -9,15 +9,16 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import PercentFormatter
 
 from companion.base.thresholds import LATE, depth
 from companion.plots import style
 from companion.plots.style import ESTIMATE, NAMES, distinct, heading, spec
 
 
-def _frame(ax: Axes, x: float, y: float) -> None:
-    """A thick frame around one cell of a map."""
-    ax.add_patch(Rectangle((x - 0.47, y - 0.45), 0.94, 0.9, fill=False, ec="black", lw=1.8))
+def _frame(ax: Axes, x: float, y: float, width: int = 1) -> None:
+    """A thick frame around one cell of a map, or several side by side."""
+    ax.add_patch(Rectangle((x - 0.47, y - 0.45), width - 0.06, 0.9, fill=False, ec="black", lw=1.8))
 
 
 def built(table: pd.DataFrame) -> Figure:
@@ -33,9 +34,9 @@ def built(table: pd.DataFrame) -> Figure:
         grid = grid.reindex(index=range(n_layers), columns=sites)
         image = ax.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
         for row in part.itertuples():
-            x, y, ink = sites.index(row.site), int(row.layer), "white" if row.share > 0.6 else "black"
-            ax.text(x - 0.44, y, textwrap.fill(str(row.role), 20), ha="left", va="center", fontsize=8, color=ink)
-            ax.text(x + 0.44, y, f"{abs(row.share):.2f}", ha="right", va="center", fontsize=8, color=ink)
+            x, y = sites.index(row.site), int(row.layer)
+            style.write_cell(ax, x - 0.44, y, textwrap.fill(str(row.role), 20), row.share, 8, ha="left")
+            style.write_cell(ax, x + 0.44, y, f"{abs(row.share):.2f}", row.share, 8, ha="right")
             if "decides" in str(row.role):
                 _frame(ax, x, y)
         for edge in np.flatnonzero(depth(np.arange(n_layers), n_layers) > LATE)[:1] - 0.5:
@@ -77,29 +78,31 @@ def threshold(table: pd.DataFrame) -> Figure:
 
 
 def plants(table: pd.DataFrame) -> Figure:
-    """Trained parts by places, one panel an effect: shares as colours and numbers, framed where the part was trained."""
+    """Trained parts by places, one panel an effect: shares as colours and, from 5 % on, in percent; trained places framed."""
     kinds, effects, places = (distinct(table[name]) for name in ("kind", "effect", "place"))
-    figure, axes = style.new_figure(1, len(effects), 3.6 * len(effects) + 1.2, 1.5 + 0.32 * len(kinds), sharey=True)
+    figure, axes = style.new_figure(1, len(effects), 3.6 * len(effects) + 1.2, 1.2 + 0.32 * len(kinds), sharey=True)
+    names = [str(place).replace(", ", ",\n").replace("attn ", "").replace("mlp ", "") for place in places]
+    for k, place in enumerate(places):  # each site is named once, under the middle of its layers
+        names[k] += {"attn middle": "\nattention", "mlp middle": "\nMLP"}.get(place, "")
     for ax, effect in zip(axes[0], effects, strict=True):
         part = table[table.effect == effect]
         grid = part.pivot(index="kind", columns="place", values="estimate").loc[kinds, places].to_numpy()
         image = ax.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        for row in part.itertuples():
-            x, y = places.index(row.place), kinds.index(row.kind)
-            ink = "white" if abs(row.estimate) > 0.6 else "black"
-            ax.text(
-                x, y, f"{row.estimate:.2f}".replace("-0.00", "0.00"), ha="center", va="center", fontsize=8, color=ink
-            )
-            if row.learned and x < len(places) - 1:
-                _frame(ax, x, y)
-        ax.axvline(len(places) - 1.5, color="white", lw=5)
-        ax.set_xticks(range(len(places)), [str(place).replace("attn", "attention").replace("mlp", "MLP") for place in places],
-                      rotation=40, ha="right")  # fmt: skip
+        for (y, x), share in np.ndenumerate(grid):
+            if abs(share) >= style.SHOWN:
+                style.write_cell(ax, x, y, f"{100 * share:.0f}", abs(share), 8)
+        learned = part.pivot(index="kind", columns="place", values="learned").loc[kinds, places[:-1]].to_numpy(bool)
+        for y, row in enumerate(learned):
+            ends = np.flatnonzero(np.diff(np.r_[False, row, False]))  # where runs of trained places begin and end
+            for first, behind in ends.reshape(-1, 2):
+                _frame(ax, first, y, behind - first)
+        ax.axvline(len(places) - 1.5, color="white", lw=5, zorder=0.5)  # below the frames
+        ax.set_xticks(range(len(places)), names)
         ax.set_yticks(range(len(kinds)), kinds)
         ax.grid(False)
         ax.set_title(effect)
     axes[0, 0].set_ylabel("trained part")
-    figure.colorbar(image, ax=axes[0].tolist(), label="share of what training added", shrink=0.9)
+    figure.colorbar(image, ax=axes[0].tolist(), label="share of what training added", format=PercentFormatter(1.0))
     heading(figure, "Is the effect found where the model was trained (framed)?")
     return figure
 

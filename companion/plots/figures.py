@@ -20,10 +20,10 @@ from companion.base import files
 from companion.base.display import NotDefined
 from companion.base.errors import InputError
 from companion.base.paths import FIGURES, NOTEBOOKS, RESULTS, check_slug, figures_dir, results_dir
-from companion.plots import calibration, layers, modules, neurons, steering, style, tokens
+from companion.plots import calibration, layers, neurons, steering, style, tokens
 from companion.plots.style import ESTIMATE, FigureSpec
 
-PARTS = (layers, modules, neurons, tokens, steering, calibration)
+PARTS = (layers, neurons, tokens, steering, calibration)
 SPECS = tuple(sorted((one for part in PARTS for one in part.SPECS), key=lambda one: one.name.partition("_")[0]))
 
 
@@ -40,9 +40,8 @@ def describe(entry: FigureSpec, table: pd.DataFrame) -> str:
     if "estimate" not in table or table.empty:
         return f"{entry.shows}."
     top = table.loc[table.estimate.abs().idxmax()]
-    where = ", ".join(
-        f"{k} {top[k]}" for k in entry.columns if k not in (*ESTIMATE, "band_low", "band_high", "earliest")
-    )
+    shown = [name for name in entry.columns if name not in (*ESTIMATE, "earliest")]
+    where = ", ".join(f"{name} {top[name]}" for name in shown)
     return f"{entry.shows}. Largest: {top.estimate:.2f} [{top.low:.2f}, {top.high:.2f}] at {where}.{_of_each(entry, table)}"
 
 
@@ -62,12 +61,9 @@ def save_figure(figure: Figure, name: str, slug: str, *, alt: str) -> None:
     folder = figures_dir(slug)
     # "none" keeps text as text: small files that can be searched and read aloud.
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        for suffix, metadata in (
-            ("png", {"Description": alt, "Software": None}),
-            ("svg", {"Description": alt, "Date": None}),
-        ):
+        for suffix, unwanted in (("png", "Software"), ("svg", "Date")):
             with files.replacing(folder / f"{name}.{suffix}") as scratch:
-                figure.savefig(scratch, metadata=metadata)
+                figure.savefig(scratch, metadata={"Description": alt, unwanted: None})
                 if suffix == "png":
                     _fewer_colours(scratch)
 

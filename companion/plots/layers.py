@@ -1,4 +1,4 @@
-"""Figures of notebooks 00 to 02 and 08: a pair of prompts, what it shows, and layers."""
+"""Figures of notebooks 00 to 03 and 08: a pair of prompts, what it shows, layers, modules, and heads and where they look."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from companion.plots import style
-from companion.plots.style import BY_LAYER, ESTIMATE, NAMES, distinct, spec
+from companion.plots.style import BY_LAYER, ESTIMATE, LOG_ODDS, NAMES, distinct, spec
 
 GROUP_COLOURS = {
     "system": "#EEEEEE", "header": "#DDDDDD", "wrapper": "#F0C27B", "distractor": "#B7E0F2", "verb": "#E8A27C",
@@ -46,11 +46,8 @@ def pair_tokens(table: pd.DataFrame) -> Figure:
             axes.add_patch(Rectangle((at, y), 1, 0.9, fc=colour, ec=edge, lw=2 if row.differ else 0.6))
             axes.text(at + 0.5, y + 0.45, text, ha="center", va="center", fontsize=8, rotation=90)
     runs = (own.group != own.group.shift()).cumsum()
-    spans = (
-        own.assign(at=own.index)
-        .groupby(runs)
-        .agg(group=("group", "first"), size=("group", "size"), middle=("at", "mean"))
-    )
+    spans = own.reset_index().groupby(runs)
+    spans = spans.agg(group=("group", "first"), size=("group", "size"), middle=("index", "mean"))
     for run in spans.sort_values("size", kind="stable").drop_duplicates("group", keep="last").itertuples():
         name = str(run.group).replace("_", " ")
         axes.text(run.middle + 0.5, -0.1, name, ha="right", va="top", fontsize=8, rotation=35)
@@ -70,9 +67,7 @@ def component_map(table: pd.DataFrame) -> Figure:
     ax.imshow(grid, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
     for (y, x), value in np.ndenumerate(grid.to_numpy()):
         text = f"{value:.0f}".replace("-0", "0").replace("-", "\N{MINUS SIGN}")
-        ax.text(
-            x, y, text, ha="center", va="center", fontsize=8, color="white" if abs(value) > 0.6 * bound else "black"
-        )
+        style.write_cell(ax, x, y, text, abs(value) / bound, 8)
     ax.set_xticks(range(grid.shape[1]), grid.columns, fontsize=8)
     ax.set_yticks(range(len(grid)), [style.NAMES[site] for site in grid.index])
     ax.set_xlabel("layer")
@@ -94,9 +89,8 @@ def layer_map(table: pd.DataFrame, *, panel: str, title: str) -> Figure:
         image = ax.imshow(cells, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
         for one in part[(100 * part.estimate).round() != 0].itertuples():
             at = cells.columns.get_loc(one.layer), cells.index.get_loc(one.site)
-            dark, sure = abs(one.estimate) > 0.6 * bound, one.low > 0 or one.high < 0
-            looks = {"color": "white" if dark else "black", "fontweight": "bold" if sure else "normal", "fontsize": 7}
-            ax.text(*at, f"{100 * one.estimate:.0f}", ha="center", va="center", **looks)
+            weight = "bold" if one.low > 0 or one.high < 0 else "normal"
+            style.write_cell(ax, *at, f"{100 * one.estimate:.0f}", abs(one.estimate) / bound, fontweight=weight)
         ax.set_yticks(range(len(cells)), [NAMES.get(str(site), str(site)) for site in cells.index])
         ax.set_title(PANELS.get(str(name), str(name)), fontsize=9, fontweight="normal")
         ax.grid(False)
@@ -110,8 +104,7 @@ def layer_map(table: pd.DataFrame, *, panel: str, title: str) -> Figure:
 def centroids(table: pd.DataFrame) -> Figure:
     """Depth of harm and of each benign behaviour, and beside it their difference; columns: quantity, contrast, estimate."""
     figure, axes = style.new_figure(1, 2, 7.2, 2.9, width_ratios=[3, 2])
-    difference = table[table.contrast == "difference"]
-    own = table[table.contrast != "difference"]
+    difference, own = (table[(table.contrast == "difference") == chosen] for chosen in (True, False))
     contrasts = [("harm", "benign"), ("difference",)]
     for ax, part, groups in zip(axes[0], (own, difference), contrasts, strict=True):
         style.draw_dots(ax, part, "quantity", "contrast", distinct(part.quantity), groups)
@@ -137,6 +130,59 @@ def read_and_carried(table: pd.DataFrame) -> Figure:
     ax.axvspan(-0.5, n_layers / 3 - 0.5, facecolor="none", edgecolor="#BBBBBB", hatch="///", lw=0, label="early layers")
     ax.get_legend().remove()
     style.legend_below(figure, [ax], 3)
+    return figure
+
+
+def heads(table: pd.DataFrame) -> Figure:
+    """Heads by layer, indirect above direct on one scale; `carries` frames a head.
+
+    A dot marks an interval that excludes 0, where the colour can be told from 0.
+    """
+    effects, bound = distinct(table.effect), float(table.estimate.abs().max()) or 1.0
+    n_heads = table["head"].nunique()
+    figure, axes = style.new_figure(len(effects), 1, 7.2, 0.6 + len(effects) * (0.55 + 0.13 * n_heads), sharex=True)
+    for ax, effect in zip(axes[:, 0], effects, strict=True):
+        part = table[table.effect == effect]
+        grid = part.pivot(index="head", columns="layer", values="estimate")
+        image = ax.imshow(grid, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
+        ax.set_yticks(range(n_heads), grid.index, fontsize=8)
+        ax.grid(False)
+        places = {name: {value: i for i, value in enumerate(getattr(grid, name))} for name in ("columns", "index")}
+        x, y = part.layer.map(places["columns"]), part["head"].map(places["index"])
+        sure = ((part.low > 0) | (part.high < 0)) & (part.estimate.abs() > bound / 20)
+        ax.plot(x[sure], y[sure], ".", color="black", ms=2.5)
+        for left, top in zip(x[part.carries], y[part.carries], strict=True):
+            ax.add_patch(Rectangle((left - 0.5, top - 0.5), 1, 1, fill=False, ec="black", lw=1.4))
+        ax.set_ylabel("head")
+        ax.set_title(PANELS.get(effect, effect), fontsize=9, fontweight="normal")
+    axes[-1, 0].set_xticks(range(grid.shape[1]), grid.columns, fontsize=7)
+    axes[-1, 0].set_xlabel("layer")
+    figure.colorbar(image, ax=axes[:, 0], label=LOG_ODDS, pad=0.01)
+    style.heading(figure, "Which heads does the effect pass through, and do they write it? (framed: looked at below)")
+    return figure
+
+
+def patterns(table: pd.DataFrame) -> Figure:
+    """Where the last token looks, head by token, one panel a prompt; numbers from 0.05 on."""
+    names, bound = distinct(table.panel), float(table.weight.max()) or 1.0
+    n_tokens, n_heads = table.position.nunique(), table["head"].nunique()
+    height = len(names) * (0.24 * n_heads + 1.15) + 0.4
+    figure, axes = style.new_figure(len(names), 1, max(5.0, 0.3 * n_tokens + 1.2), height)
+    for ax, name in zip(axes[:, 0], names, strict=True):
+        part = table[table.panel == name]
+        grid = part.pivot(index="head", columns="position", values="weight").loc[distinct(part["head"])]
+        image = ax.imshow(grid, cmap="Blues", vmin=0.0, vmax=bound, aspect="auto")
+        ax.set_yticks(range(len(grid)), grid.index, fontsize=8)
+        ax.grid(False)
+        for (y, x), weight in np.ndenumerate(grid.to_numpy()):
+            if weight >= 0.05:
+                style.write_cell(ax, x, y, f"{weight:.2f}"[1:] if weight < 0.995 else "1", weight / bound)
+        tokens = part.drop_duplicates("position").sort_values("position").token
+        ax.set_xticks(range(len(tokens)), tokens, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+        ax.set_title(name, fontsize=9)
+        ax.set_ylabel("layer.head")
+    figure.colorbar(image, ax=axes[:, 0], label="share of the head's attention", pad=0.01)
+    style.heading(figure, "Which words do the carrying heads read for the last token?")
     return figure
 
 
@@ -177,6 +223,23 @@ SPECS = (
     spec("02_early", read_and_carried, "C3", {"what": "str", **BY_LAYER},
          "By layer, how well a probe on shared tokens tells harmful from harmless requests, the same for the words "
          "alone, and the share of the total effect that these tokens carry, with early layers hatched"),
+    spec("03_total_direct", layer_map, "C2", {"effect": "str", "site": "str", "layer": "int", **ESTIMATE},
+         "Two maps of attention and MLP by layer, above what passes through each (indirect effects), below what each "
+         "writes itself (direct effects), as percent of the total effect; bold numbers have an interval that excludes 0",
+         panel="effect", title="Through which modules does the decision pass, and which write it? (percent of TE)"),
+    spec("03_normalised", style.dots, "C2", {"normalisation": "str", "effect": "str", **ESTIMATE},
+         "MLP share of direct and of indirect effects: raw, per unit of patch norm, per parameter, and of the indirect "
+         "ones by sufficiency and by necessity; dashed lines mark one half and 0.60",
+         row="normalisation", group="effect", title="Do MLPs hold more than attention, however one counts?",
+         unit="MLP share of positive component effects\n(dashed: C2 is denied below 0.5 and holds above 0.6)",
+         marks=(0.5, 0.6), limits=(0.0, 1.0)),
+    spec("03_heads", heads, "C2", {"layer": "int", "head": "int", "effect": "str", "carries": "bool", **ESTIMATE},
+         "Two maps of attention heads by layer, indirect effects above direct ones on one scale from against to with "
+         "the treatment; a dot marks an interval that excludes 0, a frame the heads whose attention is looked at"),
+    spec("03_patterns", patterns, "C2",
+         {"panel": "str", "head": "str", "position": "int", "token": "str", "weight": "float"},
+         "Attention of the carrying heads from the last token, a row a head and a column a token, above in the control "
+         "and below in the treated prompt; everything before the user's words is one column"),
     spec("08_claims", style.answers, "all", dict.fromkeys(("model", "claim", "name", "answer", "number", "grade"), "str"),
          "Answers, a row for each model and a column for each claim: the number that decides, and by colour and sign "
          "supported, contradicted or inconclusive; hatched where the rule cannot tell"),

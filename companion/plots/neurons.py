@@ -17,12 +17,10 @@ def strongest(table: pd.DataFrame) -> Figure:
     """One row a neuron: both directions, and their mean with its interval, as shares of the total effect."""
     figure, axes = new_figure(width=7.0, height=1.1 + 0.24 * len(table))
     ax, y = axes[0, 0], np.arange(len(table))
-    ax.errorbar(
-        table.estimate, y, xerr=style.interval_lengths(table), ms=5, label="mean, 95 % interval", **style.mark(0)
-    )
-    for k, (column, label) in enumerate(
-        (("nie0", "switched on alone (NIE0)"), ("nie1", "switched off alone (NIE1)")), 1
-    ):
+    lengths = style.interval_lengths(table)
+    ax.errorbar(table.estimate, y, xerr=lengths, ms=5, label="mean, 95 % interval", **style.mark(0))
+    alone = {"nie0": "switched on alone (NIE0)", "nie1": "switched off alone (NIE1)"}
+    for k, (column, label) in enumerate(alone.items(), 1):
         ax.plot(table[column], y, MARKERS[k], color=OKABE_ITO[k], ms=4, ls="none", label=label)
     ax.axvline(0, color="black", lw=0.8)
     ax.set_yticks(y, [f"neuron {one}" for one in table.neuron])

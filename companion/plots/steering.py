@@ -25,14 +25,12 @@ def laws(table: pd.DataFrame) -> Figure:
         for k, name in enumerate(groups):
             part = here[here.group == name]
             if len(part):
-                ax.errorbar(
-                    part.x, part.estimate, yerr=style.interval_lengths(part), ms=5, label=str(name), **style.mark(k)
-                )
+                lengths = style.interval_lengths(part)
+                ax.errorbar(part.x, part.estimate, yerr=lengths, ms=5, label=str(name), **style.mark(k))
         ax.set_title(str(panel))
+        is_refusal = "v_R" in str(panel)
         ax.set_xlabel(
-            "position of the prompt: 0 answered, 1 refused"
-            if "v_R" in str(panel)
-            else "position: 0 answered harmful, 1 benign"
+            f"position{' of the prompt: 0 answered, 1 refused' if is_refusal else ': 0 answered harmful, 1 benign'}"
         )
         if len(here):
             ax.legend(fontsize=8)

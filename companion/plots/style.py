@@ -28,6 +28,7 @@ ESTIMATE = dict.fromkeys(("estimate", "low", "high"), "float")
 BY_LAYER = {"layer": "int", **ESTIMATE}
 LOG_ODDS = "effect (log-odds)"
 TOTAL = "share of total effect"
+SHOWN = 0.05  # the least share that is written into its cell
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,17 @@ def mark(k: int) -> dict[str, Any]:
     return {"color": OKABE_ITO[k % 8], "marker": MARKERS[k % 8], "ls": "none", "capsize": 2}
 
 
+def write_cell(ax: Axes, x: float, y: float, text: str, shade: float, size: int = 7, **looks: Any) -> None:
+    """A number in a cell of a map, white where the cell's colour is dark: `shade` is a share of the darkest."""
+    ax.text(
+        x,
+        y,
+        text,
+        **{"ha": "center", "va": "center", "fontsize": size, **looks},
+        color="white" if shade > 0.6 else "black",
+    )
+
+
 def not_defined(why: NotDefined) -> Figure:
     """An empty frame with the sentence that says why there is no result to draw."""
     figure, axes = new_figure(height=1.6)
@@ -120,27 +132,11 @@ def points(axes: Axes, x: np.ndarray, table: pd.DataFrame, k: int, label: str, *
     )  # fmt: skip
 
 
-def ticks(n: int) -> range:
-    """Places along an axis that get a number: every one of a few layers, every fifth or so of many.
-
-    >>> list(ticks(4)), list(ticks(30))
-    ([0, 1, 2, 3], [0, 5, 10, 15, 20, 25])
-    """
-    return range(0, n, 1 if n <= 12 else -(-n // 6))
-
-
 def layer_axis(axes: Axes, n_layers: int) -> None:
-    """Layers as whole numbers, and a line at 0."""
-    axes.set_xticks(ticks(n_layers))
+    """Layers as whole numbers, every one of a few and every fifth or so of many, and a line at 0."""
+    axes.set_xticks(range(0, n_layers, 1 if n_layers <= 12 else -(-n_layers // 6)))
     axes.set_xlabel("layer")
     axes.axhline(0, color="black", lw=0.8)
-
-
-def shade_late(axes: Axes, n_layers: int) -> None:
-    """Shade the layers that the claims call late (depth > 2/3)."""
-    late = np.flatnonzero(depth(np.arange(n_layers), n_layers) > LATE)
-    if len(late):  # a network of one layer has none
-        axes.axvspan(late[0] - 0.5, n_layers - 0.5, color="#999999", alpha=0.15, lw=0, label="late layers")
 
 
 def cumulative(table: pd.DataFrame) -> Figure:
@@ -177,18 +173,21 @@ def cumulative(table: pd.DataFrame) -> Figure:
 
 
 def by_layer(table: pd.DataFrame, *, group: str, title: str, unit: str, late: bool = True) -> Figure:
-    """Estimates by layer, one line for each value of `group`; bands are drawn where the table has them."""
+    """Estimates by layer, one line for each value of `group`.
+
+    Layers that the claims call late (depth > 2/3) are shaded, if `late`.
+    """
     figure, axes = new_figure()
     ax, n_layers = axes[0, 0], int(table.layer.max()) + 1
     names = distinct(table[group])
     for k, name in enumerate(names):
         part = table[table[group] == name]
         points(ax, part.layer.to_numpy() + 0.08 * (k - (len(names) - 1) / 2), part, k, NAMES.get(name, name))
-        if "band_low" in part:
-            ax.fill_between(part.layer, part.band_low, part.band_high, color=OKABE_ITO[k % 8], alpha=0.15, lw=0)
     layer_axis(ax, n_layers)
-    if late:
-        shade_late(ax, n_layers)
+    for first in np.flatnonzero(late & (depth(np.arange(n_layers), n_layers) > LATE))[
+        :1
+    ]:  # one layer alone is not late
+        ax.axvspan(first - 0.5, n_layers - 0.5, color="#999999", alpha=0.15, lw=0, label="late layers")
     ax.set_ylabel(unit)
     ax.set_title(title)
     ax.legend()

@@ -24,7 +24,6 @@ TIMES = {
     "none": "never", "first token": "first token only", "first five": "first five tokens", "all tokens": "all tokens",
     "all but the first": "all but the first",
 }  # fmt: skip
-SHOWN = 0.05  # the least share that is written into its cell
 
 
 def _map(ax: Axes, part: pd.DataFrame, row: str, value: str, bound: float) -> AxesImage:
@@ -39,9 +38,8 @@ def _map(ax: Axes, part: pd.DataFrame, row: str, value: str, bound: float) -> Ax
             hatched = {"fc": "none", "ec": "#999999", "hatch": "////", "lw": 0}
             ax.axhspan(y - 0.5, y + 0.5, 0, width / grid.shape[1], **hatched)
         for x, number in enumerate(grid.loc[name]):
-            if abs(number) >= SHOWN:
-                colour = "white" if abs(number) > 0.6 * bound else "black"
-                ax.text(x, y, f"{100 * number:.0f}", ha="center", va="center", fontsize=7, color=colour)
+            if abs(number) >= style.SHOWN:
+                style.write_cell(ax, x, y, f"{100 * number:.0f}", abs(number) / bound)
     ax.set_xticks(range(grid.shape[1]), grid.columns)
     ax.set_xlabel("layer")
     ax.set_ylim(len(rows) - 0.5, -0.5)
@@ -91,13 +89,11 @@ def carriers(table: pd.DataFrame) -> Figure:
 
 def timing(table: pd.DataFrame) -> Figure:
     """Rates of harmful answers by schedule, one symbol for what is held."""
-    named = table.assign(schedule=table.schedule.map(lambda name: TIMES.get(name, name)))
-    named = named.assign(
-        clamp=named.clamp.replace({"neurons": "its largest neurons", "whole MLP": "its whole MLP output"})
-    )
+    named = {"schedule": TIMES, "clamp": {"neurons": "its largest neurons", "whole MLP": "its whole MLP output"}}
+    title = "The last layer is held at a refusing run's values: when, and what then?"
     return style.dots(
-        named, row="schedule", group="clamp", title="The last layer is held at a refusing run's values: when, and what then?",
-        unit="share of harmful answers", limits=(-0.05, 1.05), below=True,
+        table.replace(named), row="schedule", group="clamp", title=title, unit="share of harmful answers",
+        limits=(-0.05, 1.05), below=True,
     )  # fmt: skip
 
 

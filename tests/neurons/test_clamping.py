@@ -122,12 +122,6 @@ def known_cells(seed: int, treatment: str, signal: float, own: float, together: 
     return table.assign(te=table.y11 - table.y00)
 
 
-@pytest.mark.parametrize(("sign", "low"), [(1, 0.2), (-1, 0.2), (1, -0.1), (-1, -0.1)])
-def test_an_absolute_interval_holds_zero_where_the_signed_one_does(sign: int, low: float) -> None:
-    signed = [sign * 0.3, *sorted((sign * low, sign * 0.7))]
-    assert gating.absolute(*signed) == (0.3, max(low, 0.0), 0.7)
-
-
 def test_index_of_known_means_and_when_it_is_defined() -> None:
     index = gating.gate_index(known_cells(0, "T2", 1.0, 1.0, 2.0))
     assert index.is_defined and index.low < 0.5 < index.high

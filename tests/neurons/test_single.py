@@ -30,6 +30,7 @@ from companion.mediation.study import Study
 from companion.model import readout, replay
 from companion.model.architecture import written_vectors
 from companion.neurons import closed_form, sets, single
+from companion.prompts.tokens import Openers
 
 # ---- single ----
 
@@ -96,11 +97,11 @@ def test_neurons_and_sets_against_everything_else_are_those_of_the_lists(family:
         assert abs(made[0]).max() > 0.01
 
 
-def test_batches_are_joined_in_their_order() -> None:
+def test_batches_are_joined_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     study = tiny_study(n=6)
     whole, whole_states = single.measure_chosen(study, "T2", CHOSEN)
-    batches = [estimands.run_clean(study.subject, study.of("T2")[i : i + 3]) for i in (0, 3)]
-    effects, states = single.joined_batches([single.measure_batch(study, batch, CHOSEN) for batch in batches])
+    monkeypatch.setattr(estimands, "batches", lambda pairs, _: [pairs[:3], pairs[3:]])
+    effects, states = single.measure_chosen(study, "T2", CHOSEN)
     pd.testing.assert_frame_equal(effects.pairs, whole.pairs)
     np.testing.assert_allclose(effects.nie, whole.nie, atol=1e-6)
     torch.testing.assert_close(states.neurons, whole_states.neurons, rtol=0, atol=1e-6)
@@ -209,7 +210,7 @@ def test_every_neuron_to_rounding(family: str) -> None:
         odds = log_probs[..., [5, 9]].logsumexp(-1) - log_probs[..., 33]
         for got, wanted in (
             (closed_form.last_layer_neurons(*pair, ROWS), whole[..., ROWS]),
-            (closed_form.last_layer_log_odds(*pair, [5, 9], [33]), odds),
+            (closed_form.last_layer_log_odds(*pair, Openers((5, 9), (33,))), odds),
         ):
             torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10 * effect)
 
@@ -222,10 +223,12 @@ def test_every_neuron_against_the_whole_vocabulary(family: str, monkeypatch: pyt
     with true_float64(study.subject.model):
         batch = clean_batch(study)
         whole, _ = logits_and_effect(study)
-        for one in (rest, lists):  # a caller with nothing but the two lists gets the same
-            camps = (one.comply, one.refuse)
-            found = closed_form.last_layer_log_odds(study.subject, batch.control, batch.treated, *camps)
-            torch.testing.assert_close(found, log_odds(whole, lists), rtol=0, atol=1e-12)
+        runs = study.subject, batch.control, batch.treated
+        if closed_form.is_closed(study.subject):
+            found = closed_form.last_layer_both_ways(*runs, rest.refuse)[0]
+        else:
+            found = closed_form.last_layer_log_odds(*runs, rest)
+        torch.testing.assert_close(found, log_odds(whole, lists), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("family", [one for one in FAMILIES if closed_form.is_closed(tiny_subject(one))])

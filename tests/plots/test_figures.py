@@ -22,7 +22,7 @@ from companion.base.errors import InputError
 from companion.base.thresholds import COMPONENTS
 from companion.plots import calibration, figures, layers, style
 from companion.plots.figures import SPECS, describe, index, spec_of
-from companion.plots.style import FigureSpec
+from companion.plots.style import ESTIMATE, FigureSpec
 from companion.plots.view import framed, interactive_map
 
 # ---- tables and figures as numbers ----
@@ -50,7 +50,7 @@ def table_for(entry: FigureSpec, seed: int = 0) -> pd.DataFrame:
     values = [CHOICES[name] for name in crossed] or [range(5)]
     made = pd.MultiIndex.from_product(values, names=crossed or ["row"]).to_frame(index=False)
     for name, kind in entry.columns.items():
-        if name in made or name in ("estimate", "low", "high", "band_low", "band_high"):
+        if name in made or name in ESTIMATE:
             continue
         usual = {"str": [f"{name} {i}" for i in range(4)], "bool": [True, False]}
         options = list(CHOICES.get(name, usual.get(kind, [3])))
@@ -58,7 +58,6 @@ def table_for(entry: FigureSpec, seed: int = 0) -> pd.DataFrame:
     if "estimate" in entry.columns:
         made["estimate"] = rng.normal(size=len(made))
         made["low"], made["high"] = (made.estimate + sign * rng.uniform(0.1, 0.5, len(made)) for sign in (-1, 1))
-        made["band_low"], made["band_high"] = made.low - 0.2, made.high + 0.2
     return made[list(entry.columns)]
 
 
@@ -110,7 +109,7 @@ def test_every_estimate_and_interval_is_drawn_under_a_title_with_its_unit(name: 
     entry, table = spec_of(name), table_for(spec_of(name))
     figure = drawn(name, table)
     shown = numbers(figure)
-    for column in ("estimate", "low", "high", "band_low", "band_high"):
+    for column in ESTIMATE:
         if column in entry.columns and not (name in MAPS and column in ("low", "high")):
             assert set(table[column].round(9)) <= shown, column
     titles = [figure.get_suptitle(), *(ax.get_title(loc="left") for ax in figure.axes)]
@@ -133,8 +132,7 @@ def test_colour_is_never_alone(name: str) -> None:
 @pytest.mark.parametrize("name", ESTIMATES)
 def test_intervals_without_limits_draw(name: str, places: Path) -> None:
     table = table_for(spec_of(name))
-    for column in table.columns.intersection(["low", "high", "band_low", "band_high"]):
-        table.loc[table.index[::3], column] = -np.inf if column.endswith("low") else np.inf
+    table.loc[table.index[::3], ["low", "high"]] = -np.inf, np.inf
     files.write_table(table, places / "results" / "made" / f"{name}.csv")
     figures.show(name, "made")
     axes = drawn(name, table).axes
@@ -241,8 +239,6 @@ def test_the_index_finds_the_cell_that_shows_a_figure(tmp_path: Path, monkeypatc
 
 # ---- style, and the kinds of drawing ----
 
-WORDS = {"x_label": "cost", "y_label": "harm", "title": ""}
-
 
 def test_an_interval_beside_its_estimate_is_drawn_where_it_is() -> None:
     """A BCa interval of a skewed statistic need not hold the estimate."""
@@ -324,6 +320,18 @@ def test_what_decides_is_framed() -> None:
     table.loc[3, "role"] = "decides"
     (frame,) = calibration.built(table).axes[0].patches
     assert (frame.get_x(), frame.get_y()) == pytest.approx((0.53, 0.55))
+
+
+def test_places_that_were_trained_are_framed_together() -> None:
+    shares = {"estimate": 0.5, "low": 0.4, "high": 0.6}
+    table = pd.DataFrame(
+        {"place": list("abcde"), "learned": [True, True, False, True, True], "kind": "k", "effect": "e", **shares}
+    )
+    frames = calibration.plants(table).axes[0].patches  # the last place is all of them together
+    assert [(one.get_x(), one.get_width()) for one in frames] == [
+        pytest.approx((-0.47, 1.94)),
+        pytest.approx((2.53, 0.94)),
+    ]
 
 
 # ---- view ----
