@@ -101,6 +101,8 @@ def batch_at(tokenizer: hf.PreTrainedTokenizerBase, recipe: Recipe, stage: Stage
     texts = [language.chat_text(e.user) for e in examples], [e.answer + "<|end|>" for e in examples]
     prompts, answers = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in texts)
     length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+    if length > language.MAX_TOKENS:
+        raise ValueError(f"a training line has {length} tokens, the language promises at most {language.MAX_TOKENS}")
     tokens = torch.zeros(len(examples), length, dtype=torch.long)
     weight = torch.zeros(len(examples), length)
     options = max(len(e.first) for e in examples)

@@ -22,5 +22,6 @@ def explained(what: str, hint: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        line = next(iter(str(error).strip().splitlines()), "")
+        line = line if line and not isinstance(error, KeyError) else f"{type(error).__name__} {line}".strip()
         raise InputError(f"{what}: {line}; {hint}") from error

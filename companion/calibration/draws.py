@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from companion.base import paths
+from companion.base.errors import InputError
 from companion.base.files import EVIDENCE, write_table
 from companion.base.thresholds import MLP_SHARE, MLP_SHARE_WITH_OWN, UNTRAINED, deepest_early_layer
 from companion.calibration.campaign import SCHEMAS, SCORES, code_version, read_shipped, run_campaign
@@ -311,7 +312,11 @@ def rejudge(claims: Collection[str], folder: Path = paths.CALIBRATION) -> None:
     for kind, seed, one in judged_again(folder):
         if one.rule == "corrected" and (kind, seed, one.claim) in at:
             said = [getattr(one, name) for name in names]
-            table.loc[at[kind, seed, one.claim], [*names, "code"]] = [*said, code_version()]
+            table.loc[at.pop((kind, seed, one.claim)), [*names, "code"]] = [*said, code_version()]
+    if at:
+        raise InputError(
+            f"{len(at)} stored verdicts have no evidence to judge again, the first is {min(at)}: measure them"
+        )
     write_table(table, folder / "verdicts.parquet")
 
 

@@ -196,11 +196,11 @@ def _spans(row: Mapping[str, Any], where: str) -> dict[str, dict[str, tuple[int,
 
     def is_span(side: str, name: str, ends: Any) -> bool:
         is_range = isinstance(ends, list) and len(ends) == 2 and all(type(end) is int for end in ends)
-        is_known = side in ("control", "treated") and name in SPAN_NAMES
-        return is_known and is_range and 0 <= ends[0] < ends[1] <= len(row[side])
+        return name in SPAN_NAMES and is_range and 0 <= ends[0] < ends[1] <= len(row[side])
 
     spans, checked = row.get("spans") or {}, dict[str, dict[str, tuple[int, int]]]()
     is_nested = isinstance(spans, dict) and all(isinstance(named, dict) for named in spans.values())
+    is_nested = is_nested and set(spans) <= {"control", "treated"}
     found = [(side, name, ends) for side, named in spans.items() for name, ends in named.items()] if is_nested else []
     if not is_nested or not all(is_span(*one) for one in found):
         form = f'{{"control": {{NAME: [start, end]}}, "treated": {{...}}}}, NAME one of {", ".join(SPAN_NAMES)}'

@@ -311,6 +311,10 @@ def _explain(name: str, public: PublicSet, error: Exception) -> InputError:
         )
     if isinstance(hidden, hub_errors.HfHubHTTPError):
         return hub.explain(hub.HubId(public.repo), hidden, "data set")
+    if "scripts are no longer supported" in str(hidden):
+        return InputError(
+            f"{what} is read by a script of its own, which the library datasets runs no more: name another set"
+        )
     return InputError(
         f"{what} could not be loaded ({type(hidden).__name__}): {hub.AGAIN}; if it fails again, is its name still that, does "
         f"it hold rows, and do you have access? If it is gated, {hub.TOKEN_HELP}"

@@ -91,11 +91,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for name, least, most in (("pairs", 10, 10**6), ("shards", 1, 1000), ("jobs", 1, 100)):
         if (number := getattr(flags, name)) and not least <= number <= most:
             raise InputError(f"--{name} {number}: expected {least} to {most}, or 0")
+    if wrong := next((one for one in flags.set if not re.fullmatch(r"\w+=.+", one)), None):
+        raise InputError(f"--set {wrong}: expected KEY=VALUE, such as timeout_min=240")
     if (flags.set or flags.executor) and not flags.shards:
         raise InputError("--executor and --set go with --shards")
     flags.models = str(COMMITTED) if flags.all else flags.models
     chosen = (flags.model, flags.prompts, flags.adapter, flags.tokenizer, flags.name, flags.models)
-    flags.may_fall_back = not any(chosen)
+    flags.may_fall_back = chosen == (None,) * len(chosen)
     flags.model = named(runner.DEFAULTS["MODEL"] if flags.model is None else flags.model, ORGANISM)
     flags.prompts = named(settings.default_prompts(flags.model) if flags.prompts is None else flags.prompts, PROMPTS)
     flags.judge = None if flags.judge is None else named(flags.judge, ORGANISM)
@@ -133,6 +135,8 @@ def resolved(flags: argparse.Namespace) -> dict[str, Any]:
 
 def named(given: str, shipped: Path) -> str:
     """A shipped name as it is; a folder as an absolute path, since notebooks run in another folder."""
+    if not given.strip():
+        raise InputError("an empty name was given for --model, --prompts or --judge")
     folder = folders.from_caller(given)
     is_shipped = given in (*folders.names(shipped), smollm2.NAME, *smollm2.refusers())
     return str(folders.fixed(folder)) if folders.is_here(folder) and not is_shipped else given

@@ -94,7 +94,8 @@ def outdated(results: Path, number: str, written: Iterable[Path]) -> list[Path]:
 
 def _outputs(results: Path, number: str) -> dict[str, str]:
     """Hashes of the files that a notebook wrote, by their names from the run's folder; empty if nothing is known."""
-    return dict(recall(results, number).get("outputs", {}))
+    found = recall(results, number).get("outputs")
+    return found if isinstance(found, dict) else {}
 
 
 def requirement_names(path: Path) -> list[str]:

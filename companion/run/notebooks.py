@@ -56,9 +56,14 @@ DETERMINISTIC = {  # variables under which a library neither phones home nor dep
 def read_notebook(path: Path) -> Notebook:
     """The notebook at `path`; `InputError` if it is missing or is none."""
     notebook = read_json(path)
-    if not isinstance(notebook, dict) or not {"cells", "metadata"} <= set(notebook):
-        raise InputError(f"{relative(path)} is not a notebook as Jupyter writes it: restore the file")
-    return notebook
+    try:  # once, all that is done with a notebook and its cells
+        dict(notebook["metadata"].items())
+        for cell in notebook["cells"]:
+            source(cell).strip(), tags(cell), cell["cell_type"].strip()
+            [out["output_type"] for out in cell.get("outputs", [])]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{relative(path)} is not a notebook as Jupyter writes it: restore the file") from error
+    return dict(notebook)
 
 
 def source(cell: Cell) -> str:

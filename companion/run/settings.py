@@ -7,6 +7,7 @@ line imports this module, so what is heavy is imported where it is needed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 RESERVED = ("embedded", smollm2.NAME, *smollm2.refusers())  # runs whose results are in the repository
 
+LONGEST = 90  # characters of a name that nobody chose
+
 
 def slug(found: Mapping[str, Any], name: str | None, judge: str | None, given: str | None) -> str:
     """The run's name, as given or by default; `given` are its wrappers.
@@ -44,7 +47,11 @@ def slug(found: Mapping[str, Any], name: str | None, judge: str | None, given: s
         raise InputError(f"--name {chosen} is the run of that model, whose results are kept: choose another name")
     before = freshness.recall(paths.RESULTS / chosen, runner.MADE_FROM)
     for kind, now in made_from(found, judge, given).items():
-        if before.get(kind, now) != now:
+        is_moved = all(place and Path(place).is_absolute() for place in (before.get(kind), now))
+        is_moved = (
+            is_moved and not Path(str(before[kind])).exists()
+        )  # it is no longer where it was, so it may be the same
+        if before.get(kind, now) != now and not is_moved:
             has, asked = (f"{kind} {place}" if place else f"no {kind}" for place in (before[kind], now))
             made = f"the results of {chosen!r} were made with {has}, and now it would be {asked}"
             raise InputError(f"{made}: give this run a name of its own with --name")
@@ -52,7 +59,7 @@ def slug(found: Mapping[str, Any], name: str | None, judge: str | None, given: s
 
 
 def default_slug(found: Mapping[str, Any], judge: str | None = None, given: str | None = None) -> str:
-    """The run's name if none is given: what differs from the default.
+    """The run's name if none is given: what differs from the default, and a hash in place of the end of a long one.
 
     >>> default_slug(runner.DEFAULTS)
     'smollm2-refuser'
@@ -72,7 +79,10 @@ def default_slug(found: Mapping[str, Any], judge: str | None = None, given: str 
         place = folders.from_caller(given).resolve()
         parts.append(f"wrappers-{place.name if place.is_dir() else place.stem}")
     parts += [f"judge-{hub.slug(judge)}"] if judge else []
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).lstrip(".")
+    whole = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).lstrip(".")
+    return (
+        whole if len(whole) <= LONGEST else f"{whole[: LONGEST - 9]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+    )
 
 
 def made_from(found: Mapping[str, Any], judge: str | None, given: str | None) -> dict[str, str | None]:
@@ -131,7 +141,11 @@ def known(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
     """The parameters with what is in the caches already; nothing is downloaded. Raises InputError for what is not there."""
     if judge := os.environ.get(hub.JUDGE):
         folders.check_judge(judge)
-        hub.set_variable(hub.JUDGE, hub.pinned(judge))
+        try:
+            hub.set_variable(hub.JUDGE, hub.pinned(judge))
+        except InputError:
+            why = "is not in the hub's cache yet: a run without --list downloads it"
+            raise InputError(f"--judge: {judge} {why}") from None
     model, prompts = found["MODEL"], found["PROMPTS"]
     base, adapter = folders.split_adapter(model)
     if base == smollm2.NAME and not smollm2.is_fetched():

@@ -67,6 +67,7 @@ def caused(cause: Exception) -> Exception:
 
 REFUSALS = [
     (ConnectionError("Couldn't reach the Hub"), "the hub cannot be reached: connect, unset HF_HUB_OFFLINE"),
+    (RuntimeError("Dataset scripts are no longer supported"), "a script of its own, .* name another set"),
     (caused(RuntimeError("request 17")), r"could not be loaded \(RuntimeError\): run the same command again"),
 ]
 
