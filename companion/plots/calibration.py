@@ -78,7 +78,7 @@ def threshold(table: pd.DataFrame) -> Figure:
 
 
 def plants(table: pd.DataFrame) -> Figure:
-    """Trained parts by places, one panel an effect: shares as colours and, from 5 % on, in percent; trained places framed."""
+    """Trained parts by places, one panel an effect: shares as colours, the larger ones in percent; trained places framed."""
     kinds, effects, places = (distinct(table[name]) for name in ("kind", "effect", "place"))
     figure, axes = style.new_figure(1, len(effects), 3.6 * len(effects) + 1.2, 1.2 + 0.32 * len(kinds), sharey=True)
     names = [str(place).replace(", ", ",\n").replace("attn ", "").replace("mlp ", "") for place in places]
@@ -89,8 +89,8 @@ def plants(table: pd.DataFrame) -> Figure:
         grid = part.pivot(index="kind", columns="place", values="estimate").loc[kinds, places].to_numpy()
         image = ax.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         for (y, x), share in np.ndenumerate(grid):
-            if abs(share) >= style.SHOWN:
-                style.write_cell(ax, x, y, f"{100 * share:.0f}", abs(share), 8)
+            if x == len(places) - 1 or abs(share) >= style.SHOWN:  # of the trained places together also a small one
+                style.write_cell(ax, x, y, str(round(100 * share)), abs(share), 8)
         learned = part.pivot(index="kind", columns="place", values="learned").loc[kinds, places[:-1]].to_numpy(bool)
         for y, row in enumerate(learned):
             ends = np.flatnonzero(np.diff(np.r_[False, row, False]))  # where runs of trained places begin and end
