@@ -78,32 +78,37 @@ def threshold(table: pd.DataFrame) -> Figure:
 
 
 def plants(table: pd.DataFrame) -> Figure:
-    """Trained parts by places, one panel an effect: shares as colours, the larger ones in percent; trained places framed."""
+    """Trained parts by places, one panel an effect: shares as colours, the larger ones in percent; trained places framed.
+
+    The last two columns are sums over the framed places: here, and in the model in which everything was trained (the first row).
+    """
     kinds, effects, places = (distinct(table[name]) for name in ("kind", "effect", "place"))
-    figure, axes = style.new_figure(1, len(effects), 3.6 * len(effects) + 1.2, 1.2 + 0.32 * len(kinds), sharey=True)
+    figure, axes = style.new_figure(1, len(effects), 4.1 * len(effects) + 1.2, 1.2 + 0.32 * len(kinds), sharey=True)
     names = [str(place).replace(", ", ",\n").replace("attn ", "").replace("mlp ", "") for place in places]
     for k, place in enumerate(places):  # each site is named once, under the middle of its layers
         names[k] += {"attn middle": "\nattention", "mlp middle": "\nMLP"}.get(place, "")
+    names = [*names[:-1], "framed\nsum", "same,\nrow 1"]
     for ax, effect in zip(axes[0], effects, strict=True):
         part = table[table.effect == effect]
         grid = part.pivot(index="kind", columns="place", values="estimate").loc[kinds, places].to_numpy()
+        learned = part.pivot(index="kind", columns="place", values="learned").loc[kinds, places[:-1]].to_numpy(bool)
+        grid = np.c_[grid, learned @ grid[0, :-1]]
         image = ax.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         for (y, x), share in np.ndenumerate(grid):
-            if x == len(places) - 1 or abs(share) >= style.SHOWN:  # of the trained places together also a small one
+            if x >= len(places) - 1 or abs(share) >= style.SHOWN:  # of sums also a small one
                 style.write_cell(ax, x, y, str(round(100 * share)), abs(share), 8)
-        learned = part.pivot(index="kind", columns="place", values="learned").loc[kinds, places[:-1]].to_numpy(bool)
         for y, row in enumerate(learned):
             ends = np.flatnonzero(np.diff(np.r_[False, row, False]))  # where runs of trained places begin and end
             for first, behind in ends.reshape(-1, 2):
                 _frame(ax, first, y, behind - first)
         ax.axvline(len(places) - 1.5, color="white", lw=5, zorder=0.5)  # below the frames
-        ax.set_xticks(range(len(places)), names)
+        ax.set_xticks(range(len(names)), names)
         ax.set_yticks(range(len(kinds)), kinds)
         ax.grid(False)
         ax.set_title(effect)
     axes[0, 0].set_ylabel("trained part")
     figure.colorbar(image, ax=axes[0].tolist(), label="share of what training added", format=PercentFormatter(1.0))
-    heading(figure, "Is the effect found where the model was trained (framed)?")
+    heading(figure, "At the last token, does the effect lie where the model was trained (framed)?")
     return figure
 
 
