@@ -49,9 +49,8 @@ HELD: dict[str, tuple[str, ...]] = {
     "both held": ("attn_out", "mlp_out"),
     "all held": ("attn_out", "mlp_out"),  # and the MLP output of the patched layer itself
 }
-SWEPT = {
-    name: sites for name, sites in HELD.items() if len(sites) < 2
-}  # ways in which something above reacts; they come first
+# The ways in which something above reacts; they come first.
+SWEPT = {name: sites for name, sites in HELD.items() if len(sites) < 2}
 # Weights of the effects in each path. MLPs, attention and skip add up to the whole effect.
 PATHS = {
     "MLPs": {"attention held": 1, "both held": -1},
@@ -130,32 +129,32 @@ def held_patches(subject: Subject, base: CleanRun, source: CleanRun, layers: Seq
     return made
 
 
-def skip_patches(subject: Subject, base: CleanRun, source: CleanRun, layers: Sequence[int]) -> list[Patch]:
-    """For each layer what "both held" and "all held" put in: with all above held, nothing above has to be computed."""
-    last, made = position_mask(base.tokens, -1), []
+def skip_residuals(base: CleanRun, source: CleanRun, layers: Sequence[int]) -> Float[Tensor, "pair way d"]:
+    """For each layer the end of "both held" and "all held": nothing above reacts, so what is changed is only added."""
+    made = []
     for layer in layers:
-        own = source.resid_post[layer] - source.site("mlp_out", layer) + base.site("mlp_out", layer)
-        made += [Patch("resid_post", layer, last), Patch("resid_post", layer, last, value=own)]
-    return made
+        old, new = (run.resid_post[layer][:, -1] for run in (base, source))
+        own_mlp_held = new - source.site("mlp_out", layer)[:, -1] + base.site("mlp_out", layer)[:, -1]
+        made += [base.resid_post[-1][:, -1] + (value - old) for value in (new, own_mlp_held)]
+    return torch.stack(made, dim=1)
 
 
 def held_residuals(
     subject: Subject, batch: Batch, layers: Sequence[int]
 ) -> tuple[Float[Tensor, "pair way d"], Float[Tensor, "pair way d"]]:
     """Final residual stream at the last token for the cells 01 and 10; ways are layers times `HELD`."""
-    control, treated = batch.control, batch.treated
-    into = (held_patches(subject, *runs, layers) for runs in ((control, treated), (treated, control)))
-    at_once = memory.pairs_at_once(subject, control.tokens.shape[1])
-    found = []
-    for swept, runs in zip(
-        replay.both_ways(subject, control, treated, *into, at_once=at_once),
-        ((control, treated), (treated, control)),
-        strict=True,
-    ):
-        skip = replay.direct(subject, *runs, skip_patches(subject, *runs, layers))[:, :, 0]
-        ways = [part.unflatten(1, (len(layers), -1)) for part in (swept, skip)]
-        found.append(torch.cat(ways, dim=2).flatten(1, 2))
-    return found[0], found[1]
+    both = (batch.control, batch.treated), (batch.treated, batch.control)
+    into = (held_patches(subject, *runs, layers) for runs in both)
+    at_once = memory.pairs_at_once(subject, batch.control.tokens.shape[1])
+    swept = replay.both_ways(subject, *both[0], *into, at_once=at_once)
+
+    def all_ways(swept: Tensor, skipped: Tensor) -> Tensor:
+        return torch.cat([part.unflatten(1, (len(layers), -1)) for part in (swept, skipped)], dim=2).flatten(1, 2)
+
+    into_control, into_treated = (
+        all_ways(one, skip_residuals(*runs, layers)) for one, runs in zip(swept, both, strict=True)
+    )
+    return into_control, into_treated
 
 
 def path_effects(study: Study) -> pd.DataFrame:

@@ -47,12 +47,11 @@ def slug(found: Mapping[str, Any], name: str | None, judge: str | None, given: s
         raise InputError(f"--name {chosen} is the run of that model, whose results are kept: choose another name")
     before = freshness.recall(paths.RESULTS / chosen, runner.MADE_FROM)
     for kind, now in made_from(found, judge, given).items():
-        is_moved = all(place and Path(place).is_absolute() for place in (before.get(kind), now))
-        is_moved = (
-            is_moved and not Path(str(before[kind])).exists()
-        )  # it is no longer where it was, so it may be the same
-        if before.get(kind, now) != now and not is_moved:
-            has, asked = (f"{kind} {place}" if place else f"no {kind}" for place in (before[kind], now))
+        then = before.get(kind, now)
+        # What is no longer where it was may be the same: a folder that was moved.
+        is_moved = all(place and Path(place).is_absolute() for place in (then, now)) and not Path(str(then)).exists()
+        if then != now and not is_moved:
+            has, asked = (f"{kind} {place}" if place else f"no {kind}" for place in (then, now))
             made = f"the results of {chosen!r} were made with {has}, and now it would be {asked}"
             raise InputError(f"{made}: give this run a name of its own with --name")
     return chosen
