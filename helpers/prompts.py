@@ -95,8 +95,8 @@ def total_effects(clean: pd.DataFrame) -> pd.DataFrame:
 
     `clean` has a row a pair, with columns treatment, split, topic and te.
     """
-    parts = [rows for _, part in clean.groupby("split", sort=True) for rows in part.groupby("treatment", sort=False)]
-    tables = [cell_means(part, "te", ["split"]).assign(treatment=name) for name, part in parts]
+    parts = clean.groupby(["split", "treatment"])
+    tables = [cell_means(part, "te", ["split"]).assign(treatment=name) for (_, name), part in parts]
     table = pd.concat(tables, ignore_index=True)
     in_order = table.treatment.map(treatment_order).argsort(kind="stable")
     return table.iloc[in_order].reset_index(drop=True)

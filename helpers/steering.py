@@ -133,12 +133,11 @@ def same_budget(made: Trial | NotDefined) -> tuple[SameBudget | NotDefined, pd.D
 
 
 def write_evidence(made: Trial | NotDefined, same: SameBudget | NotDefined, lab: Lab, slug: str) -> pd.DataFrame:
-    """Write `06_evidence.csv`, the rows that the verdicts on C6 read, and beside it `06_judged.csv` and the directions.
+    """Write `06_evidence.csv`, the rows that the verdicts on C6 read, and beside it the directions.
 
     Refits on other draws of topics, and indirect effects in the steered model, are measured here.
     """
     if isinstance(made, Trial):
-        write_table(trial.judged_rates(made), results_dir(slug) / "06_judged.csv")
         print(labels.labeller(exact=made.experiment.exact))
     if isinstance(lab, SteeringExperiment) and not lab.fit.missing:
         extraction.save_directions(lab.fit, results_dir(slug) / "directions")

@@ -97,7 +97,7 @@ def evidence_c1(table: pd.DataFrame, model: str, n_layers: int) -> EvidenceRows:
         test = pd.concat([harm, benign]).query("split == 'test'").groupby("treatment")
         sizes = test.agg(n_pairs=("pair_id", "nunique"), n_topics=("topic", "nunique")).to_dict("index")
         named = [("centroid difference", names[0]), *((f"centroid {name}", name) for name in names)]
-        for i, (quantity, name) in enumerate(named):
+        for i, (quantity, name) in enumerate(named):  # both sizes are the treatment's own, not those of the whole table
             rows.append(row(model, "C1", quantity, "main", estimates, 0, i) | sizes[name])
     return rows
 

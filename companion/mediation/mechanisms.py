@@ -107,9 +107,8 @@ def interaction_effects(study: Study) -> pd.DataFrame:
         for name, run in runs.items():
             openers = study.openers["T2" if name[0] == "1" else "T2b"]
             odds[name] = to_host(outcomes.log_odds(subject, run.resid_post[-1][:, -1:], openers))
-        y11 = (
-            odds["11"] - odds["01"] + odds["00"]
-        )  # so that y11 - y00 is TE of T2 - T2b, and y00 that of the harmful run
+        # y11 - y00 is TE of T2 - T2b, and y00 that of the harmful run.
+        y11 = odds["11"] - odds["01"] + odds["00"]
         cells = {"y00": odds["10"], "y01": patched["01"], "y10": y11 - (odds["11"] - patched["10"]), "y11": y11}
         tables.append(estimands.tidy(pairs, wanted, "Y1", cells).assign(treatment="T2-T2b"))
     return estimands.with_estimands(pd.concat(tables, ignore_index=True)) if tables else pd.DataFrame()
@@ -129,14 +128,13 @@ def held_patches(subject: Subject, base: CleanRun, source: CleanRun, layers: Seq
     return made
 
 
-def skip_residuals(base: CleanRun, source: CleanRun, layers: Sequence[int]) -> Float[Tensor, "pair way d"]:
-    """For each layer the end of "both held" and "all held": nothing above reacts, so what is changed is only added."""
-    made = []
+def skip_patches(base: CleanRun, source: CleanRun, layers: Sequence[int]) -> list[Patch]:
+    """For each layer what "both held" and "all held" put in: nothing above reacts, so their effects are direct ones."""
+    last, made = position_mask(base.tokens, -1), []
     for layer in layers:
-        old, new = (run.resid_post[layer][:, -1] for run in (base, source))
-        own_mlp_held = new - source.site("mlp_out", layer)[:, -1] + base.site("mlp_out", layer)[:, -1]
-        made += [base.resid_post[-1][:, -1] + (value - old) for value in (new, own_mlp_held)]
-    return torch.stack(made, dim=1)
+        own_mlp_held = source.resid_post[layer] - source.site("mlp_out", layer) + base.site("mlp_out", layer)
+        made += [Patch("resid_post", layer, last), Patch("resid_post", layer, last, value=own_mlp_held)]
+    return made
 
 
 def held_residuals(
@@ -146,15 +144,12 @@ def held_residuals(
     both = (batch.control, batch.treated), (batch.treated, batch.control)
     into = (held_patches(subject, *runs, layers) for runs in both)
     at_once = memory.pairs_at_once(subject, batch.control.tokens.shape[1])
-    swept = replay.both_ways(subject, *both[0], *into, at_once=at_once)
-
-    def all_ways(swept: Tensor, skipped: Tensor) -> Tensor:
-        return torch.cat([part.unflatten(1, (len(layers), -1)) for part in (swept, skipped)], dim=2).flatten(1, 2)
-
-    into_control, into_treated = (
-        all_ways(one, skip_residuals(*runs, layers)) for one, runs in zip(swept, both, strict=True)
-    )
-    return into_control, into_treated
+    ways = []
+    for swept, runs in zip(replay.both_ways(subject, *both[0], *into, at_once=at_once), both, strict=True):
+        skipped = replay.direct(subject, *runs, skip_patches(*runs, layers))[:, :, 0]
+        by_layer = [part.unflatten(1, (len(layers), -1)) for part in (swept, skipped)]
+        ways.append(torch.cat(by_layer, dim=2).flatten(1, 2))
+    return ways[0], ways[1]
 
 
 def path_effects(study: Study) -> pd.DataFrame:
@@ -186,7 +181,7 @@ def path_shares(
     discover = at[(at.split == "discover") & (at.site == "live")]
     if at.empty or not discover[value].mean() > 0:
         return None
-    ways = sorted(HELD)
+    ways = sorted(HELD)  # all of them, in the order in which a table's sums have them
     top = np.array([[path.get(name, 0) for name in ways] for path in paths.values()], dtype=float)
     live = np.tile([float(name == "live") for name in ways], (len(paths), 1))
     return Quantity(at[at.split == "test"], [value], ["site"], clusters.ratio(top, live))

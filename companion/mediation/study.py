@@ -33,10 +33,8 @@ CONTROL_PAIRS = 120  # a treatment: in the default set one for each topic
 NOISE_PAIRS = 16  # of the noise floor
 BUDGET = 4.8e13  # operations that the sweeps of layers, modules and heads may take unasked (`memory.operations`)
 FEWEST = 72  # pairs a treatment, whatever they cost: with one a topic, 22 topics in the test split
-SMOKE, COSTLY_SMOKE = (
-    24,
-    (8, 4),
-)  # pairs a treatment in the smoke profile; where each is costly, also a benign behaviour's
+SMOKE = 24  # pairs a treatment in the smoke profile
+COSTLY_SMOKE = (8, 4)  # the same where each pair is costly: a treatment's, a benign behaviour's
 ROBUST = 30  # pairs a treatment, where each is costly, of what only supports a verdict, such as control models
 
 
@@ -207,8 +205,9 @@ def control_studies(study: Study, model: str, profile: str) -> Iterator[tuple[st
 
 
 def normalisations(study: Study) -> dict[str, pd.Series]:
-    """Divisors of component effects by (site, layer), so that MLPs do not win by being larger: parameters, and patch norm:
-    the mean length of treated - control activation at the last token, on discover.
+    """Divisors of component effects by (site, layer), so that MLPs do not win by being larger.
+
+    Parameters; and the patch norm, the mean length of treated - control activation at the last token, on discover.
     """
     chosen = [pair for pair in study.of(study.main_treatment) if pair.pair.split == "discover"]
     index = pd.MultiIndex.from_product([COMPONENTS, range(study.subject.n_layers)], names=["site", "layer"])

@@ -106,9 +106,11 @@ def direct(
     for (patch,) in as_variants(subject, base, patches):
         cols = columns(patch)
         old, new = written(runs, patch, cols)
-        change = torch.zeros_like(base.resid_post[-1])
-        change[:, cols] = new - old
-        results.append(clean + change[:, positions])
+        change = torch.zeros_like(clean)
+        for i, at in enumerate(positions.tolist()):
+            if at in cols:
+                change[:, i] = (new - old)[:, cols.index(at)]
+        results.append(clean + change)
     return torch.stack(results, dim=1)
 
 

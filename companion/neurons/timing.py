@@ -145,10 +145,8 @@ def closing_cost(
         turns = torch.tensor([turn[one.pair.id] for one in group], device=prompt.device)
         run = outcomes.forced_run(subject, prompt, text)
         at = outcomes.decided_at(run, text)
-        where, held = (
-            position_mask(run.tokens, at),
-            {one: values[turns % len(values)] for one, values in closed.items()},
-        )
+        where = position_mask(run.tokens, at)
+        held = {one: values[turns % len(values)] for one, values in closed.items()}
         patches = [Patch("neuron", one.layer, where, one.neurons, values[:, None]) for one, values in held.items()]
         clean, moved = _log_probs(subject, run, run, patches, text)
         lost, n_tokens = to_host(clean - moved), to_host(text[1].sum(1)).astype(float)

@@ -203,13 +203,11 @@ def random_null(fit: Fit, tested: Steering, evaluation: EvaluationPrompts, spend
         found = evaluation.experiment.first_tokens(evaluation.harmful, steered)
         return [float((evaluation.harmful.log_odds.to_numpy() - one.log_odds.to_numpy()).mean()) for one in found]
 
-    (target,), own = spend.budgets([tested]), falls([tested])
+    (target,), own, n_draws = spend.budgets([tested]), falls([tested]), evaluation.experiment.effort.draws
     rows = []
     for family in FAMILIES if target else ():
         like = replace(tested, strength=1.0)
-        first, *others = (
-            random_direction(fit, family, like=like, seed=seed) for seed in range(evaluation.experiment.effort.draws)
-        )
+        first, *others = (random_direction(fit, family, like=like, seed=seed) for seed in range(n_draws))
         # Draws of a family have one norm, so the strength that spends the budget is the same for all of them.
         met = budget.to_budget(fit.subject, first, spend.mixed, target)
         assert isinstance(met, Steering)  # a constant vector: what is added grows with the strength

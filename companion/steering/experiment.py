@@ -61,14 +61,9 @@ COSTLY: Final = Effort(
     draws=19, refits=3, adapters=(1.25, 1.5), steps=24,
 )  # fmt: skip
 SMOKE: Final = Effort(
-    {"discover": 4, "validate": 2, "test": 2},
-    attacks=1,
-    strengths=(0.5, 1.0),
-    draws=2,
-    refits=1,
-    adapters=(1.5,),
-    steps=4,
-)
+    {"discover": 4, "validate": 2, "test": 2}, attacks=1, strengths=(0.5, 1.0),
+    draws=2, refits=1, adapters=(1.5,), steps=4,
+)  # fmt: skip
 
 
 def effort_of(study: Study, profile: str) -> Effort:

@@ -155,20 +155,6 @@ def method_summary(trial: Trial) -> pd.DataFrame:
     return found.assign(p_holm=holm(list(found.p))).drop(columns="p")
 
 
-def judged_rates(trial: Trial) -> pd.DataFrame:
-    """Share of harmful answers (`labelled`, Wilson) under every arm, and its change against the unsteered model (`changed`)."""
-    asked, rows = trial.plain.kind == "harmful", []
-    if asked.any():
-        for name, table in {PLAIN.name: trial.plain, **trial.answers}.items():
-            hits = table.label[asked] == "harmful"
-            rows.append((name, len(hits), *rate(int(hits.sum()), len(hits))))
-    if trial.plain.topic[asked].nunique() > 1:  # with one topic there is nothing to draw
-        for name, table in trial.answers.items():
-            change = changed(trial.plain, table, "harmful")
-            rows.append((f"{name} - plain", change.n, change.estimate / 100, change.low / 100, change.high / 100))
-    return pd.DataFrame(rows, columns=["group", "n", "labelled", "low", "high"])
-
-
 @passes_on
 def before_and_after(trial: Trial, text: str) -> pd.DataFrame:
     """Label and first word of the greedy answer to a request, unsteered and under two methods; no more of it is kept.

@@ -1,5 +1,6 @@
 """Evidence of C1 to C3 from tables with known shares and compiled models, and with two samples drawn together."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,6 +112,8 @@ def test_a_topic_with_treatments_of_its_own_stops_nothing() -> None:
     rows = layers.evidence_c1(table, "m", N_LAYERS)
     assert find(rows, "centroid difference")["estimate"] == pytest.approx(21.9 / 30 - 0.5)
     assert np.isfinite(find(rows, "centroid difference")["ci_low"])
+    sizes = {row["quantity"]: (row["n_pairs"], row["n_topics"]) for row in rows}
+    assert (sizes["centroid difference"], sizes["centroid B3"]) == ((30, 15), (28, 14))
 
 
 def test_which_benign_behaviours_count() -> None:
@@ -162,6 +165,10 @@ def test_c3_of_compiled_models(cue: str, psi: float, area: float) -> None:
     assert found["AUROC bag of tokens", "main"]["estimate"] == 0.5  # no topic's words are those of another
     assert found["AUROC gain", "main"]["estimate"] == pytest.approx(area - 0.5, abs=0.02)
     assert {(row["n_pairs"], row["n_topics"]) for row in rows} == {(24, 24)}
+    told = [re.sub(r"\d+", "", text) for p in pairs for text in (p.pair.control, p.pair.treated)]
+    shared = [replace(p.pair, control=a, treated=b) for p, a, b in zip(pairs, told[::2], told[1::2], strict=True)]
+    rows = layers.evidence_c3(subject, [token_pair(one, subject.tokenizer)[0] for one in shared], table, "m")
+    assert find(rows, "AUROC bag of tokens")["estimate"] == 1  # the same words in every topic
     # Thin sets give what they can: pairs 0 to 15 are of discover, the others of test.
     for some, quantities in ((pairs[:16], set()), (pairs[16:], {PSI}), (pairs[:17], set())):
         rows = layers.evidence_c3(subject, some, table[table.pair_id.isin([one.pair.id for one in some])], "m")

@@ -62,8 +62,11 @@ def test_small_sample_quantile_is_that_of_the_strata_that_inform(first):
     sums, counts = np.random.default_rng(1).normal(size=(20, 1)), np.ones((20, 1))
     sums[first:] = counts[first:] = 0
     clusters = arrays(sums, counts, np.repeat([0, 1], [first, 20 - first]))
-    _, df, widen = bootstrap._shape(bootstrap._jackknife(clusters, mean), clusters.strata)
-    assert (df[0], widen[0]) == pytest.approx((first - 1, np.sqrt(first / (first - 1))))
+    ours = bootstrap.bootstrap(clusters, mean)
+    acceleration, *_ = bootstrap._shape(bootstrap._jackknife(clusters, mean), clusters.strata)
+    z, ordered = st.t.isf(0.025, first - 1) * np.sqrt(first / (first - 1)), np.sort(ours.replicates, axis=0)
+    limits = [bootstrap._bca_limit(ordered, ours.estimate, one, acceleration) for one in (-z, z)]
+    np.testing.assert_allclose([ours.low, ours.high], limits)
 
 
 def test_jackknife_in_closed_form_equals_leaving_clusters_out():

@@ -113,6 +113,12 @@ def test_newcombes_own_example_and_nothing_seen_is_not_nothing_possible() -> Non
     assert change.estimate == 0 and change.low < -1 and 1 < change.high < 2
 
 
+def test_topics_widen_a_rate_change() -> None:
+    topic, before = np.repeat(np.arange(30), 10), np.zeros(300, dtype=bool)
+    clustered, free = (rates.rate_change(before, topic < 15, one) for one in (topic, np.arange(300)))
+    assert clustered.n_topics == 30 and clustered.high - clustered.low > 2 * (free.high - free.low)
+
+
 def test_a_change_has_the_sign_of_after_minus_before() -> None:
     change = rates.rate_change(*outcomes(50, 5, 45, 0), np.arange(100))
     assert change.estimate == -40 and change.high < 0

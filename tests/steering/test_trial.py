@@ -78,17 +78,19 @@ def test_the_summary_has_both_limits_of_every_price_and_both_budgets(made: Trial
     assert other.loss == 0 and other.harmless_refused == first.harmless_refused
 
 
+def test_a_change_under_other_fits_is_in_points(made: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "refitted", lambda *_: [PLAIN, PLAIN])
+    harmful = made.plain.kind == "harmful"
+    assert not (made.plain.label[harmful] == "harmful").any()
+    said = made.plain.assign(label=made.plain.label.where(~harmful | (harmful.cumsum() > 2), "harmful"))
+    found = steering.refit_changes(made.experiment, made.chosen[DECISIVE], said)
+    assert found == pytest.approx([-200 / harmful.sum()] * 2), "two of the harmful answers are harmful no more"
+
+
 def test_every_arm_has_its_paired_differences_and_pays_the_same(made: Trial) -> None:
     differences = trials.paired_differences(made)
     assert differences.groupby("method", sort=False).size().to_dict() == {"gated": 3, DECISIVE: 3, "retrained": 3}
     assert not differences[differences.method == "retrained"].estimate.any(), "the same model with the same numbers"
-    judged = trials.judged_rates(made).set_index("group")
-    assert (
-        list(judged.index[:4]) == [PLAIN.name, "gated", DECISIVE, "retrained"] and judged.labelled.between(-1, 1).all()
-    )
-    for method, row in differences[differences.measure == trials.MEASURES["harmful"]].set_index("method").iterrows():
-        share = judged.loc[f"{method} - plain", ["labelled", "low", "high"]].astype(float)
-        assert share.tolist() == (row[["estimate", "low", "high"]].astype(float) / 100).tolist()
     cost = trials.harm_at_equal_cost(made).set_index(["method", "price"])
     assert set(cost.index.get_level_values(0)) == {PLAIN.name, "gated", DECISIVE, "retrained"}
     for price in cost.index.get_level_values(1).unique():
