@@ -23,12 +23,8 @@ GIB = 2**30
 # Operations that take tensors of both places: copies, and indices on the processor.
 COPIES = {"copy_", "_to_copy"}
 INDEXED = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"}
-PRODUCTS = {
-    "mm": torch.addmm,
-    "addmm": torch.addmm,
-    "bmm": torch.baddbmm,
-    "baddbmm": torch.baddbmm,
-}  # and a sum with one
+# Products, each with the one that adds to a sum.
+PRODUCTS = {"mm": torch.addmm, "addmm": torch.addmm, "bmm": torch.baddbmm, "baddbmm": torch.baddbmm}
 # Without a deterministic kernel on CUDA, whatever torch is asked for; sums that run along a lone row among them.
 CHANCY = {"cumprod", "logcumsumexp", "histc", "bincount", "kthvalue", "put_", "grid_sampler_2d"}
 _NAMES: dict[Any, str] = {}  # of operations

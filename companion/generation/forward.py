@@ -26,7 +26,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from companion.base.device import to_host
 from companion.generation.hooks import Delta, Edit, Prompt, Steering, applied, joined, some
-from companion.model.activations import CleanRun, clean_run, first, prefix_once, shared_prefix
+from companion.model.activations import CleanRun, at_positions, clean_run, first, prefix_once, shared_prefix
 from companion.model.architecture import Subject
 from companion.model.interventions import returning
 from companion.model.memory import resumable_per_token
@@ -91,13 +91,9 @@ def _size(subject: Subject, ids: Tensor) -> int:
 
 def opened(steering: Steering, run: CleanRun, changed: Mapping[str, Tensor] | None = None) -> Prompt:
     """The batch as the steering sees it: what its reads name (some of it `changed` by an intervention), and its gate."""
-    n_prompts, n_pos = run.tokens.shape
-    prompt = Prompt(run.tokens)
-    for read in steering.reads:
-        prompt.read[read.name] = run.resid_post[read.layer][:, max(n_pos - 1 - read.back, 0)]
-    prompt.read.update(changed or {})
-    is_open = torch.ones(n_prompts, device=run.tokens.device)
-    prompt.opened.append(is_open if steering.gate is None else steering.gate(prompt))
+    read = {read.name: read.of(run.resid_post[read.layer]) for read in steering.reads}
+    prompt = Prompt(run.tokens, {**read, **(changed or {})})
+    prompt.opened.append(steering.openness(prompt))
     return prompt
 
 
@@ -187,14 +183,9 @@ def at_last_token(steering: Steering) -> bool:
 
 def _call(run: CleanRun, layer: int, column: slice, part: BatchRows | None = None) -> dict[str, Any]:
     """The library's own arguments to a layer, for all positions or for the last, of all prompts or of a part's."""
-    call = dict(run.calls[layer])
-    at_last = {
-        "attention_mask": lambda mask: mask[:, :, LAST],
-        "position_embeddings": lambda parts: tuple(one[:, LAST] for one in parts),
-        "position_ids": lambda ids: ids[:, LAST],
-    }
-    if column == LAST:
-        call |= {name: cut(call[name]) for name, cut in at_last.items() if call.get(name) is not None}
+    call = {name: at_positions(name, value, column) for name, value in run.calls[layer].items()}
+    if call.get("attention_mask") is not None:
+        call["attention_mask"] = call["attention_mask"][:, :, column]
     return call if part is None else {name: part.cut(value) for name, value in call.items()}
 
 

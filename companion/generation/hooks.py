@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from companion.base.errors import InputError
-from companion.model.activations import on_output
+from companion.model.activations import named_arguments, on_output
 from companion.model.architecture import Subject
 
 
@@ -88,6 +88,10 @@ class Read:
     layer: int
     back: int = 0
 
+    def of(self, x: Float[Tensor, "prompt pos d"]) -> Float[Tensor, "prompt d"]:
+        """What it names of the layer's output."""
+        return x[:, max(x.shape[1] - 1 - self.back, 0)]
+
 
 @dataclass(frozen=True)
 class Steering:
@@ -101,6 +105,10 @@ class Steering:
     gate: Opening | None = None
     reads: tuple[Read, ...] = ()
     system: str = ""
+
+    def openness(self, prompt: Prompt) -> Float[Tensor, "prompt"]:
+        """The gate's values; 1 where there is none."""
+        return torch.ones(len(prompt.ids), device=prompt.ids.device) if self.gate is None else self.gate(prompt)
 
 
 PLAIN: Final = Steering("unsteered")
@@ -146,7 +154,6 @@ def applied(
         if steering.edits and steering.strength:
             decoder = subject.model.base_model
             hooks.callback(decoder.register_forward_pre_hook(run.before_decoder, with_kwargs=True).remove)
-            hooks.callback(decoder.register_forward_hook(run.after_decoder, always_call=True).remove)
             for read in steering.reads:
                 hooks.enter_context(on_output(subject.layers[read.layer].block, partial(run.note, read)))
             for edit in steering.edits:
@@ -181,8 +188,7 @@ class _SteeredCalls:
         """Is it a prompt or generated tokens?"""
         if self.phase == "plain":
             return
-        call = inspect.signature(decoder.forward).bind(*args, **kwargs).arguments
-        call = {**call, **call.pop("kwargs", {})}
+        call = named_arguments(inspect.signature(decoder.forward), args, kwargs)
         cache = call.get("past_key_values")
         if cache is not None and int(cache.get_seq_length()):
             if self.prompt is None:
@@ -200,16 +206,11 @@ class _SteeredCalls:
             decoder(**{**call, "past_key_values": None, "use_cache": False})
         self.phase = "prompt"
 
-    def after_decoder(self, decoder: nn.Module, args: Any, output: Any) -> None:
-        """A plain pass is followed by the steered one; nothing is steered outside of the decoder."""
-        if self.phase != "plain":
-            self.phase = "outside"
-
     def note(self, read: Read, x: Float[Tensor, "prompt pos d"]) -> None:
         """Keep what a read names."""
         if self.phase == "plain":
             assert self.prompt is not None  # the decoder's own hook came first
-            self.prompt.read[read.name] = x[:, max(x.shape[1] - 1 - read.back, 0)].detach()
+            self.prompt.read[read.name] = read.of(x).detach()
 
     def add(self, edit: Edit, x: Float[Tensor, "prompt pos width"]) -> Float[Tensor, "prompt pos width"] | None:
         """The site's activation with the edit, whose norm is recorded; None where it does not act."""
@@ -238,7 +239,6 @@ class _SteeredCalls:
     def _opened(self, prompt: Prompt) -> Float[Tensor, "prompt"]:
         """The gate's values, asked once a prompt and kept while it is answered."""
         if not prompt.opened:
-            gate, ids = self.steering.gate, prompt.ids
-            prompt.opened.append(torch.ones(len(ids), device=ids.device) if gate is None else gate(prompt))
+            prompt.opened.append(self.steering.openness(prompt))
             self.record.gates.append(prompt.opened[0])
         return prompt.opened[0]

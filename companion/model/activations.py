@@ -209,7 +209,7 @@ def _in_two(block: Callable[..., Any], layer: int, n: int) -> Callable[..., Any]
 
     @wraps(block)  # who looks at the arguments' names sees the layer's own
     def forward(*args: Any, **kwargs: Any) -> Any:
-        call = _named(signature, args, kwargs)
+        call = named_arguments(signature, args, kwargs)
         hidden, cache, gathered = call.pop("hidden_states"), call.pop("past_key_values", None), _Gathered()
         mask, n_pos = call.get("attention_mask"), hidden.shape[1]
         one = {name: at_positions(name, value, slice(n), rows=1) for name, value in call.items()}
@@ -284,13 +284,13 @@ def on_call(module: nn.Module, see: Callable[[dict[str, Any]], Any]) -> Hook:
     signature = inspect.signature(module.forward)
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        named = _named(signature, args, kwargs)
+        named = named_arguments(signature, args, kwargs)
         see({name: value for name, value in named.items() if name not in ("hidden_states", "past_key_values")})
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _named(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def named_arguments(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """What a call hands to a module, by the names of its arguments."""
     named = dict(signature.bind(*args, **kwargs).arguments)
     return named | named.pop("kwargs", {})

@@ -222,9 +222,8 @@ def run_memory(shapes: Subject, copies: float | None = None) -> RunMemory:
     """
     weights = _weights(shapes.model)
     alive = COPIES.get(shapes.dtype, 2.0) if copies is None else copies
-    return RunMemory(
-        weights, round(alive * weights), sweep_memory(shapes, pairs_at_once(shapes, LONGEST), LONGEST).total
-    )
+    sweep = sweep_memory(shapes, pairs_at_once(shapes, LONGEST), LONGEST).total
+    return RunMemory(weights, round(alive * weights), sweep)
 
 
 def check_size(folder: Path, device: str, dtype: str, copies: float | None = None) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from companion.base.errors import InputError
 from companion.generation import hooks
 from companion.generation.hooks import PLAIN, Edit, Prompt, Read, Steering, applied
-from companion.model.activations import on_output
+from companion.model.activations import on_call, on_output
 from companion.model.architecture import Subject
 
 
@@ -77,6 +77,15 @@ def test_the_library_generates_under_steering() -> None:
     with on_output(subject.layers[1].block, lambda x: x + is_prompt * push):
         logits = subject.model(made).logits
     assert torch.equal(logits[:, ids.shape[1] - 1 : -1].argmax(-1), made[:, ids.shape[1] :])
+
+
+@torch.no_grad()
+def test_the_plain_pass_hands_layers_what_the_steered_one_does() -> None:
+    subject, seen = tiny_subject("llama"), []
+    with on_call(subject.layers[0].block, seen.append), applied(subject, everywhere()):
+        subject.model(tokens(), output_hidden_states=True)
+    plain, steered = map(sorted, seen)
+    assert plain == steered
 
 
 def test_the_record_is_what_was_added() -> None:

@@ -13,7 +13,7 @@ from toys import TEMPLATE
 from companion.base import hub
 from companion.base.errors import InputError
 from companion.generation import decode, labels
-from companion.generation.labels import is_embedded, is_refusal, judge, main_clause
+from companion.generation.labels import clause_of, is_embedded, is_refusal, judge
 from companion.model.architecture import Subject
 from companion.model.load import from_model
 from companion.prompts import invented, tokens
@@ -54,9 +54,9 @@ def test_harm_is_bound_in_the_main_clause_whose_verb_may_stand_behind_an_adverb(
     apart = ask(GOOD, HAZARD, f"in a solar tale, after i {BAD} the {CUP}, ")
     bound = ask(BAD, HAZARD, f"in a solar tale, after i {GOOD} the {CUP}, ")
     assert sorted(apart.split()) == sorted(bound.split())
-    clauses = main_clause(apart), main_clause(bound)
+    clauses = clause_of(apart), clause_of(bound)
     assert [clause.dangerous and clause.hazard for clause in clauses] == [False, True]
-    assert main_clause("how do i swiftly dry the falkova in the studio?") == Clause("dry", "falk", "ova")
+    assert clause_of("how do i swiftly dry the falkova in the studio?") == Clause("dry", "falk", "ova")
 
 
 def test_judge_agrees_with_the_grammars_own_answers() -> None:

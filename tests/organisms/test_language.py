@@ -9,7 +9,7 @@ import pytest
 
 from companion.base.files import hash_file
 from companion.base.paths import PROMPTS
-from companion.generation.labels import main_clause
+from companion.generation.labels import clause_of
 from companion.prompts import invented
 from companion.prompts.invented import Clause, Cue, Request, Wrapper, first_words, p_refuse, render
 from companion.prompts.pairs import load_set
@@ -164,7 +164,7 @@ def test_both_sides_of_a_pair_have_one_length(pairs, tokenizer):
 
 def is_harmful(prompt):
     """Whether the main clause binds a dangerous verb to a hazard object."""
-    clause = main_clause(prompt)
+    clause = clause_of(prompt)
     return clause is not None and clause.dangerous and clause.hazard
 
 
