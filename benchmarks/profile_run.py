@@ -67,7 +67,7 @@ def _profiled(
     """Seconds by kind of one notebook, run once those that it needs have ended, with the variables that the runner gives it."""
     for one in needed:
         one.result()
-    variables = notebooks.environment(scratch / "results", scratch / "figures", scratch)
+    variables = notebooks.environment(scratch)
     variables |= notebooks.threads(found["MODEL"]) | {"MPLBACKEND": "agg"}
     words = [str(path), json.dumps(dict(found)), str(scratch / f"{path.stem}.json")]
     code = "import sys; from benchmarks import profile_run; profile_run.sample(*sys.argv[1:])"

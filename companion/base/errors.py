@@ -22,6 +22,10 @@ def explained(what: str, hint: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        line = next(iter(str(error).strip().splitlines()), "")
-        line = line if line and not isinstance(error, KeyError) else f"{type(error).__name__} {line}".strip()
-        raise InputError(f"{what}: {line}; {hint}") from error
+        raise InputError(f"{what}: {first_line(error)}; {hint}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; with its type where that is nothing, or a bare key."""
+    line = str(error).strip().partition("\n")[0]
+    return line if line and not isinstance(error, KeyError) else f"{type(error).__name__} {line}".strip()

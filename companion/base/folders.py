@@ -84,15 +84,13 @@ def prompts_folder(name: str) -> Path:
 
 
 def from_caller(given: str) -> Path:
-    """A path that a user typed, counted from where it was typed: run_all.sh changes into the repository."""
-    return Path(os.environ.get("COMPANION_CALLER", "."), expanded(given))
+    """A path that a user typed, counted from where it was typed: run_all.sh changes into the repository.
 
-
-def expanded(given: str) -> Path:
-    """The path with `~` replaced where it names a home; `InputError` for what no path may hold."""
+    A leading `~` is replaced where it names a home. Raises `InputError` for what no path may hold.
+    """
     if "\0" in given:
         raise InputError(f"{given!r} holds a null character, which no path may: take it out")
-    return at_home(given)
+    return Path(os.environ.get("COMPANION_CALLER", "."), at_home(given))
 
 
 def names(folder: Path) -> list[str]:
@@ -225,10 +223,8 @@ def check_weights(folder: Path) -> None:
     except ImportError:  # the command line asks before any package is installed, and again after
         return
     indexed = hub.weight_files(folder) if (folder / hub.INDEX).is_file() else []
-    for path in [*(folder / name for name in indexed), *sorted(folder.glob("*.safetensors"))]:
-        if not path.is_file():
-            raise InputError(f"{path} is not there, though {hub.INDEX} names it: copy or download the model again")
-        wrong = f"{path} is cut off or no safetensors file"
+    for path in sorted({*(folder / name for name in indexed), *folder.glob("*.safetensors")}):
+        wrong = f"{path} is missing, cut off or no safetensors file"
         with explained(wrong, "copy or download the model again"), safe_open(path, "np"):
             pass  # opening compares the file's length with its header
 

@@ -177,6 +177,8 @@ def _alone(path: Path) -> Iterator[dict[str, str]]:
 
     It reads each of a hundred thousand tokens several times, and makes its table of names anew for each module: a minute.
     """
+    from unittest.mock import patch
+
     import gguf
 
     class Quick(gguf.GGUFReader):
@@ -187,15 +189,10 @@ def _alone(path: Path) -> Iterator[dict[str, str]]:
                 return super()._get_field_parts(orig_offs, raw_type)
             return _behind(data, orig_offs + 12, kind, length) - orig_offs, [], [], [gguf.GGUFValueType(_ARRAY), kind]
 
-    quick = {"GGUFReader": Quick, "get_tensor_name_map": lru_cache(gguf.get_tensor_name_map)}
-    plain = {name: getattr(gguf, name) for name in quick}
-    with tempfile.TemporaryDirectory() as folder:
+    quick: dict[str, Any] = {"GGUFReader": Quick, "get_tensor_name_map": lru_cache(gguf.get_tensor_name_map)}
+    with tempfile.TemporaryDirectory() as folder, patch.multiple(gguf, **quick):
         (Path(folder) / "model.gguf").symlink_to(path.resolve())
-        try:
-            vars(gguf).update(quick)
-            yield {"pretrained_model_name_or_path": folder, "gguf_file": "model.gguf"}
-        finally:
-            vars(gguf).update(plain)
+        yield {"pretrained_model_name_or_path": folder, "gguf_file": "model.gguf"}
 
 
 def read_config(path: Path) -> PreTrainedConfig:

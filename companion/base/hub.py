@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from companion.base.errors import InputError
+from companion.base.errors import InputError, first_line
 from companion.base.files import read_json
 from companion.base.paths import ROOT, at_home
 
@@ -198,11 +198,13 @@ def explain(hub_id: HubId, error: Exception, kind: str = "model") -> InputError:
             f"check the spelling at {page}, or if it is private, {TOKEN_HELP}"
         )
     elif isinstance(error, hub_errors.HfHubHTTPError | hub_errors.HFValidationError | hub_errors.HTTPError):
-        what = f"the hub did not give {hub_id.repo}: {_line(error)}; try again later, or use a folder"
+        what = f"the hub did not give {hub_id.repo}: {first_line(error)}; try again later, or use a folder"
     elif isinstance(error, OSError) and error.errno is not None:  # without a number it is the hub library's own
-        what = f"{hub_id.repo} could not be written to {cache()}: {_line(error)}; HF_HOME names another place for it"
+        what = (
+            f"{hub_id.repo} could not be written to {cache()}: {first_line(error)}; HF_HOME names another place for it"
+        )
     else:
-        what = f"the transfer of {hub_id.repo} broke off: {_line(error)}; {AGAIN}"
+        what = f"the transfer of {hub_id.repo} broke off: {first_line(error)}; {AGAIN}"
     return InputError(what)
 
 
@@ -210,14 +212,10 @@ def _no_network(hub_id: HubId, error: Exception) -> InputError:
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     offline = isinstance(error, OfflineModeIsEnabled)
-    why = "HF_HUB_OFFLINE forbids downloads" if offline else f"the hub cannot be reached ({_line(error)})"
+    why = "HF_HUB_OFFLINE forbids downloads" if offline else f"the hub cannot be reached ({first_line(error)})"
     have = "only a part of it is" if snapshot(hub_id) is not None else "it is not"
     return InputError(
         f"{hub_id.repo} at {hub_id.revision!r}: {why}, and {have} in the cache {cache()}; "
         + ("unset HF_HUB_OFFLINE" if offline else "connect")
         + ", or copy the cache of a machine that has the model and name it in HF_HOME"
     )
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n", 1)[0]

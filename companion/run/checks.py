@@ -68,9 +68,7 @@ def run_all() -> int:
     # The notebooks write into a scratch folder, so that the committed results stay what they are compared with.
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         scratch = Path(folder).resolve()
-        results = scratch / "results"
-        variables = notebooks.environment(results, scratch / "figures", scratch) | {STRICT: "1"}
-        variables |= notebooks.threads(asked["MODEL"])
+        variables = notebooks.environment(scratch) | notebooks.threads(asked["MODEL"]) | {STRICT: "1"}
         steps = [pool.submit(_step, name, command, unseen) for name, command in (UNIT, *STYLE.items(), DEVICE)]
         read: dict[str, Future[Outcome]] = {}
         for number, path in runner.find_notebooks().items():
@@ -80,7 +78,7 @@ def run_all() -> int:
                 name, command = f"run {path.stem}", _papermill(path, scratch, asked)
             read[number] = pool.submit(_step, name, command, variables, needed)
         outcomes = [step.result() for step in (*steps, *read.values())]
-        outcomes.append(compare(results, asked["SLUG"]))
+        outcomes.append(compare(scratch / "results", asked["SLUG"]))
     if why and os.environ.get("CI"):
         outcomes.append((f"{smollm2.NAME} can be fetched", False, 0.0))
     print("\n== times")

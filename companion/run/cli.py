@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -81,7 +82,7 @@ def parser() -> Parser:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The flags, checked as far as they can be without reading a file; `InputError` names the first mistake."""
+    """The flags, checked before any model or prompt set is read; `InputError` names the first mistake."""
     flags = parser().parse_args(arguments)
     # What argparse makes of --flag=--, before Python 3.13 and since.
     if any(value in ([], "--") for name, value in vars(flags).items() if name != "set"):
@@ -129,7 +130,7 @@ def parameters(flags: argparse.Namespace, device: str) -> dict[str, Any]:
 
 
 def resolved(flags: argparse.Namespace) -> dict[str, Any]:
-    """The same with the device that is there."""
+    """The parameters with the device that is there and what the caches hold; nothing is downloaded."""
     return settings.known(parameters(flags, settings.resolve_device(flags.device)), flags.wrappers)
 
 
@@ -138,7 +139,8 @@ def named(given: str, shipped: Path) -> str:
     if not given.strip():
         raise InputError("an empty name was given for --model, --prompts or --judge")
     folder = folders.from_caller(given)
-    is_shipped = given in (*folders.names(shipped), smollm2.NAME, *smollm2.refusers())
+    fetched = (smollm2.NAME, *smollm2.refusers()) if shipped == ORGANISM else ()
+    is_shipped = given in (*folders.names(shipped), *fetched)
     return str(folders.fixed(folder)) if folders.is_here(folder) and not is_shipped else given
 
 
@@ -247,6 +249,8 @@ def run_alone(flags: argparse.Namespace) -> int | None:
 
 def run_command(flags: argparse.Namespace) -> int:
     """Run what is stale, then print the verdicts."""
+    if flags.shards and find_spec("submitit") is None:
+        raise InputError("--shards needs submitit: python -m pip install -r requirements-cluster.in, then again")
     chosen = chosen_notebooks(flags.only)
     found = parameters(flags, settings.resolve_device(flags.device))
     plan = runner.make_plan(settings.fetched(found, flags.wrappers), force=chosen if flags.force else ())

@@ -26,7 +26,7 @@ from companion.run.notebooks import Notebook, code_cells, source
 STATE = ".state"  # the folder of a run's own notes, inside its results; not committed
 SEED = 0
 # What results depend on. Notebooks change by their outputs in each run, and they are their own record.
-TRACKED = ("helpers", "companion", "organisms", "data", "requirements.lock")
+TRACKED = (*CODE, DATA, ROOT / "requirements.lock")
 
 
 def keys(
@@ -121,7 +121,7 @@ def write_manifest(results: Path, parameters: Mapping[str, Any], known: KnownHas
         # Without the build's tag (+cpu), which differs between machines.
         "packages": {name: release.partition("+")[0] for name, release in releases.items()},
         "processor": processor(),
-        "git": git_state(ROOT),
+        "git": git_state(),
         "seconds": "run_times.json",
     }
     write_json(content, results / "manifest.json")
@@ -154,15 +154,15 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     return ", ".join([*filter(None, named), *(one for one in ("avx2", "avx512f", "amx_bf16") if one in flags)])
 
 
-def git_state(root: Path) -> dict[str, Any] | None:
+def git_state() -> dict[str, Any] | None:
     """The commit that last changed code or data, and whether they were changed since; None where git knows of none."""
-    commit = _git(root, "log", "-1", "--format=%H", "--", *TRACKED)
-    return {"commit": commit, "dirty": bool(_git(root, "status", "--porcelain", "--", *TRACKED))} if commit else None
+    commit = _git("log", "-1", "--format=%H", "--", *TRACKED)
+    return {"commit": commit, "dirty": bool(_git("status", "--porcelain", "--", *TRACKED))} if commit else None
 
 
-def _git(root: Path, *arguments: str) -> str:
+def _git(*arguments: str | Path) -> str:
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=False)
     except FileNotFoundError:  # a machine without git: a downloaded archive runs there as well
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

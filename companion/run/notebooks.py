@@ -160,10 +160,10 @@ def quiet() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "MPLBACKEND"} | DETERMINISTIC
 
 
-def environment(results: Path, figures: Path, scratch: Path) -> dict[str, str]:
-    """Variables for a notebook, which sees its folders at `results` and `figures` and no IPython profile of the user's."""
+def environment(scratch: Path) -> dict[str, str]:
+    """Variables for a notebook, which sees `results` and `figures` in `scratch` and no IPython profile of the user's."""
     write_json(KERNEL, scratch / "jupyter" / "kernels" / "python3" / "kernel.json")
-    folders = {"COMPANION_RESULTS": results, "COMPANION_FIGURES": figures}
+    folders = {"COMPANION_RESULTS": scratch / "results", "COMPANION_FIGURES": scratch / "figures"}
     folders |= {"JUPYTER_PATH": scratch / "jupyter", "IPYTHONDIR": scratch / "ipython"}
     return quiet() | ALLOCATOR | {name: str(path) for name, path in folders.items()}
 
@@ -187,8 +187,7 @@ def start_notebook(
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     write_text(notebook_text(prepared(notebook)), folder / "source.ipynb")
-    variables = environment(folder / "results", folder / "figures", folder)
-    variables |= threads(str(parameters.get("MODEL", REFUSES)))
+    variables = environment(folder) | threads(str(parameters.get("MODEL", REFUSES)))
     reading, writing = os.pipe()
     words = [str(folder / "source.ipynb"), str(folder / TARGET), str(NOTEBOOKS), json.dumps(dict(parameters))]
     with log.open("w", encoding="utf-8") as file, os.fdopen(writing, "wb"):  # our end is closed, so the pipe has an end

@@ -66,6 +66,8 @@ def default_slug(found: Mapping[str, Any], judge: str | None = None, given: str 
     'window-1-pairs50'
     >>> default_slug({**runner.DEFAULTS, "PROMPTS": "xstest"}, given="my/own.jsonl")
     'smollm2-refuser-xstest-wrappers-own'
+    >>> len(default_slug({**runner.DEFAULTS, "MODEL": f"org/{'long' * 50}"})) == LONGEST
+    True
     """
     base, adapter = folders.split_adapter(found["MODEL"])
     is_named = found["MODEL"] in smollm2.refusers()
@@ -79,9 +81,9 @@ def default_slug(found: Mapping[str, Any], judge: str | None = None, given: str 
         parts.append(f"wrappers-{place.name if place.is_dir() else place.stem}")
     parts += [f"judge-{hub.slug(judge)}"] if judge else []
     whole = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).lstrip(".")
-    return (
-        whole if len(whole) <= LONGEST else f"{whole[: LONGEST - 9]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
-    )
+    if len(whole) <= LONGEST:
+        return whole
+    return f"{whole[: LONGEST - 9]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
 def made_from(found: Mapping[str, Any], judge: str | None, given: str | None) -> dict[str, str | None]:
@@ -113,10 +115,9 @@ def default_prompts(model: str) -> str:
     >>> default_prompts("embedded"), default_prompts("smollm2"), default_prompts("ORG/MODEL")
     ('embedded', 'english', 'jailbreakbench,strongreject,xstest')
     """
-    is_own = folders.is_here(folders.from_caller(model))
     if folders.split_adapter(model)[0] == smollm2.NAME:
         return "english"
-    return public.OPEN if folders.is_on_hub(model) and not is_own else "embedded"
+    return public.OPEN if folders.is_on_hub(model) else "embedded"
 
 
 def check_wrappers(prompts: str, given: str | None) -> None:
@@ -132,8 +133,7 @@ def check_wrappers(prompts: str, given: str | None) -> None:
 
 def is_public_set(prompts: str) -> bool:
     """Whether a name asks for public sets: no shipped set and no folder has it."""
-    is_own = prompts in names(PROMPTS) or folders.from_caller(prompts).is_dir()
-    return not is_own and public.parse(prompts) is not None
+    return not prompts_folder(prompts).is_dir() and public.parse(prompts) is not None
 
 
 def known(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def _fetched(found: Mapping[str, Any], given: str | None) -> str:
         base, adapter = folders.split_adapter(model)
         model = folders.with_adapter(load.prepare_model(base, found["DEVICE"], found["DTYPE"]), adapter)
     if judge := os.environ.get(hub.JUDGE):
-        hub.set_variable(hub.JUDGE, _ready_judge(judge, {**found, "MODEL": model}))
+        hub.set_variable(hub.JUDGE, _ready_judge(judge, found["DEVICE"]))
     if is_public_set(found["PROMPTS"]):
         file = _wrappers_file(given)
         folder = public.folder(found["PROMPTS"], model, file)
@@ -209,7 +209,7 @@ def _wrappers_file(given: str | None) -> Path | None:
     return public.wrappers_file(folders.from_caller(given)) if given else None
 
 
-def _ready_judge(judge: str, found: Mapping[str, Any]) -> str:
+def _ready_judge(judge: str, device: str) -> str:
     """The judge's name once it is downloaded; what would stop it in the middle of a run stops here."""
     import torch
 
@@ -217,7 +217,7 @@ def _ready_judge(judge: str, found: Mapping[str, Any]) -> str:
     from companion.model import load, memory
 
     # It answers in the notebook's process, on the GPU of the embedding of the model under study.
-    device = "cuda:0" if found["DEVICE"] == "cuda" else found["DEVICE"]
+    device = "cuda:0" if device == "cuda" else device
     try:
         name = load.prepare_model(judge, device, labels.DTYPE, copies=1)
         folder = model_folder(name)
@@ -338,6 +338,7 @@ def collect(name: str, tokenizer: PreTrainedTokenizerBase, templates: Sequence[W
 
     made: list[Pair] = []
     notes: list[str] = []
+    note = notes.append
     hashes: dict[str, str] = {}
     asked: dict[str, str] = {}
     seen: set[str] = set()
@@ -349,22 +350,18 @@ def collect(name: str, tokenizer: PreTrainedTokenizerBase, templates: Sequence[W
                 benign = partners.by_length(_benign(part), tokenizer)
             loaded = public.load_rows(part)
         except InputError as error:
-            notes.append(f"left out: {error}")
+            note(f"left out: {error}")
             continue
         rows = public.unseen(loaded, seen)
         if n := len(loaded.harmful) - len(rows.harmful):
             which = "an earlier row or set has too (but for case, spacing or closing punctuation)"
-            notes.append(
-                f"{part}: {n} rows have a request that {which} and are left out, since topics must be independent"
-            )
+            note(f"{part}: {n} rows have a request that {which} and are left out, since topics must be independent")
         if is_matched:
             rows = paired = partners.with_partners(rows, benign, tokenizer, seen)
         else:
             if n := rows.harmless.count(None):
-                notes.append(
-                    f"{part}: {n} of {len(rows.harmful)} harmful rows have no harmless partner of their category"
-                )
-            paired = partners.grouped(rows, tokenizer, part, notes.append)
+                note(f"{part}: {n} of {len(rows.harmful)} harmful rows have no harmless partner of their category")
+            paired = partners.grouped(rows, tokenizer, part, note)
         # A harmless row is the twin of the harmful one only where the set pairs them row by row: the i-th of a category is a
         # partner for T1, but nothing says that the two ask for the same thing.
         twins = dict(partners.partner_pairs(rows)) if not is_matched and public.SETS[part].paired == "row" else {}
@@ -380,7 +377,7 @@ def collect(name: str, tokenizer: PreTrainedTokenizerBase, templates: Sequence[W
     first = dict(zip(reversed(clusters), reversed(asked), strict=True))
     topic = {one: first[cluster] for one, cluster in zip(asked, clusters, strict=True)}
     share = f"those that share {public.OVERLAP:g} of their words are one topic"
-    notes.append(f"{len(first)} topics of {len(asked)} requests: {share}")
+    note(f"{len(first)} topics of {len(asked)} requests: {share}")
     pairs = tuple(replace(pair, topic=topic[pair.topic]) for pair in made)
     return Collected(pairs, hashes, len(asked), tuple(notes))
 

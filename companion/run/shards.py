@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from companion.base.errors import InputError
+from companion.base.errors import InputError, explained
 from companion.base.paths import PARTS, relative
 from companion.run import notebooks
 from companion.run.runner import Plan, lock_file, only_run
@@ -72,21 +72,16 @@ def submit(logs: Path, executor: str, given: Sequence[str], calls: Sequence[tupl
 
     `given` are parameters of submitit as typed, such as timeout_min=240.
     """
-    try:
-        import submitit
-    except ImportError:
-        missing = "--shards needs submitit: python -m pip install -r requirements-cluster.in, then again"
-        raise InputError(missing) from None
+    import submitit  # an optional extra
+
     pairs = (one.partition("=") for one in given)
     parameters = {name: int(value) if value.isdecimal() else value for name, _, value in pairs}
     os.environ.update(notebooks.DETERMINISTIC)
-    try:
+    # Errors are of many kinds: no Slurm here, an unknown parameter, a partition that is not there.
+    with explained("the jobs could not be submitted", "see --set and --executor"):
         made = submitit.AutoExecutor(folder=logs, cluster=executor)
         made.update_parameters(**{"timeout_min": 24 * 60, **parameters})
         return list(made.map_array(measure_share, *zip(*calls, strict=True)))
-    except Exception as error:  # of many kinds: no Slurm here, an unknown parameter, a partition that is not there
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"the jobs could not be submitted: {reason[:300]}; see --set and --executor") from error
 
 
 def measure_share(

@@ -92,7 +92,8 @@ def test_broken_lines_and_too_few_are_named(tmp_path: Path) -> None:
     lines = ["", *(json.dumps(row) for row in rows())]
     lines[7] = lines[7][:-1]
     for content, message in (
-        ("\n".join(lines), "line 8: broken JSON"), ('["p0"]\n', "line 1: expected a JSON object with id, treatment"),
+        ("\n".join(lines), "line 8: broken JSON"), ('{"id": "\\ud800"}\n', "line 1: broken JSON"),
+        ('["p0"]\n', "line 1: expected a JSON object with id, treatment"),
         ("öffne".encode("latin-1"), r"pairs\.jsonl: not UTF-8 text \(byte \d+\); save"),
         (rows(9), "9 pairs, at least 10 are needed"),
     ):  # fmt: skip

@@ -67,7 +67,7 @@ def test_what_another_notebook_writes_by_now_is_not_outdated(tmp_path: Path) -> 
         path.write_text("a")
     freshness.remember(tmp_path, "02", "key", [old, both])
     assert freshness.outdated(tmp_path, "02", [new, both]) == [old]
-    freshness.remember(tmp_path, "03", "key", [old])
+    freshness.remember(tmp_path, "04b", "key", [old])
     assert freshness.outdated(tmp_path, "02", [new, both]) == []
 
 

@@ -64,6 +64,18 @@ FLAGS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--model=", "an empty name"), ("--shards 2 --set partition", "expected KEY=VALUE"),
+        ("--executor local", "go with --shards"),
+    ],
+)  # fmt: skip
+def test_a_wrong_flag_is_refused(flags: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        cli.parse(flags.split())
+
+
 @pytest.mark.parametrize("flags", FLAGS)
 def test_a_wrong_command_line_is_one_clear_line(toy_done: Toy, tmp_path: Path, flags: str) -> None:
     assert FLAGS[flags] in refused(toy_done, *flags.split(), **OFFLINE, HF_HUB_CACHE=str(tmp_path))

@@ -10,7 +10,7 @@ import torch
 from models import tiny_model, tiny_tokenizer
 from toys import EMBEDDED, PAIRS, TEMPLATE, Toy, prompt_set
 
-from companion.base import hub, paths
+from companion.base import gguf, hub, paths
 from companion.base.errors import InputError
 from companion.base.paths import ORGANISM
 from companion.generation import labels
@@ -70,6 +70,8 @@ def test_what_lies_elsewhere_needs_another_name(places: tuple[Path, Path], kind:
     with pytest.raises(InputError, match=rf"were made with {kind} .*one/.* now it would be {kind} .*two/.*--name"):
         named(*two)
     assert named(*two, "--name", "other") == "other" and named(*one) == slug
+    moved = places[0].rename(places[0].with_name("moved"))
+    assert named(*(word.format(moved) for word in FLAGS[kind])) == slug
 
 
 def test_one_name_is_for_one_model_set_wrappers_and_judge(places: tuple[Path, Path]) -> None:
@@ -103,17 +105,20 @@ def test_the_first_result_takes_the_name_and_a_failure_does_not(toy: Toy, tmp_pa
     assert toy.contents() == before
 
 
-def test_another_judge_makes_everything_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_judge_and_a_changed_file_of_the_users_make_everything_stale(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
-    judge_folder = tmp_path / "judge"
-    judge_folder.mkdir()
-    (judge_folder / "config.json").write_text("{}")
+    places = [tmp_path / name for name in ("model", "adapter", "set", "tokenizer", "judge")]
+    for place in places:
+        place.mkdir()
+        (place / "adapter_config.json").write_text("{}")
     keys = []
-    for judge in ("", "window-1", "window-0", f"org/judge@{'0' * 40}", f"org/judge@{'1' * 40}", str(judge_folder)):
+    for judge in ("", "window-1", "window-0", f"org/judge@{'0' * 40}", f"org/judge@{'1' * 40}", str(places[4])):
         monkeypatch.setenv(hub.JUDGE, judge)
         keys.append(runner.make_plan(EMBEDDED).keys)
-    (judge_folder / "config.json").write_text("{ }")
-    keys.append(runner.make_plan(EMBEDDED).keys)
+    monkeypatch.setenv(gguf.TOKENIZER, str(places[3]))
+    for place in places:
+        (place / "adapter_config.json").write_text("{ }")
+        keys.append(runner.make_plan(EMBEDDED | {"MODEL": f"{places[0]}+{places[1]}", "PROMPTS": str(places[2])}).keys)
     assert all(len({one[number] for one in keys}) == len(keys) for number in keys[0])
 
 
@@ -169,13 +174,12 @@ def test_a_judge_must_fit_and_nothing_is_compared_with_it(tmp_path: Path, monkey
     judge = memory.run_memory(memory.on_meta(folder, torch.bfloat16), copies=1)
     assert judge.copies == judge.weights
     monkeypatch.setattr(memory, "USABLE", 1)
-    given = {"MODEL": "full-0", "DEVICE": "cpu", "DTYPE": "float32"}
     monkeypatch.setattr(memory, "free_memory", lambda device: judge.total)
-    assert settings._ready_judge(str(folder), given) == str(folder)
+    assert settings._ready_judge(str(folder), "cpu") == str(folder)
     assert labels.judge_model.__wrapped__(str(folder), "cpu").n_layers == 4
     monkeypatch.setattr(memory, "free_memory", lambda device: judge.total - 1)
     with pytest.raises(InputError, match="--judge: judge is too large for cpu"):
-        settings._ready_judge(str(folder), given)
+        settings._ready_judge(str(folder), "cpu")
 
 
 def test_a_run_with_an_adapter_has_a_name_and_a_place_of_its_own(tmp_path: Path) -> None:

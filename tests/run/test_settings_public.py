@@ -27,7 +27,7 @@ from companion.model.load import load_tokenizer
 from companion.prompts import pairs, partners, public, tokens
 from companion.prompts.public import Wrapper
 from companion.run import settings
-from tests.nine_families import texts_in
+from tests.test_nine_families import texts_in
 
 FOUND = FoundOpeners(("w11",), ("w12",), 0.9, 3, 9)
 WRAPPERS = (

@@ -62,7 +62,7 @@ def test_jobs_on_this_machine_share_the_batches_and_end_with_the_runner(tmp_path
 def test_without_submitit_it_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(InputError, match=r"--shards needs submitit: python -m pip install -r requirements-cluster\.in"):
-        shards.submit(Path("logs"), "local", [], [])
+        cli.run_command(cli.parse(["--shards=2"]))  # before anything is fetched
 
 
 def job(tmp_path: Path, number: str, error: BaseException | None = None, log: str = "") -> SimpleNamespace:
