@@ -1,9 +1,9 @@
 """Where the minutes of a whole run go, by notebook and by kind of work.
 
     python -m benchmarks.profile_run                                    # the default run: about an hour on one core
-    python -m benchmarks.profile_run --model embedded --profile smoke   # flags as those of ./run_all.sh: --only, --jobs 2
+    python -m benchmarks.profile_run --model embedded --profile smoke   # flags as those of ./run_all.sh: --only, --pairs
 
-Each notebook's cells run in a process of their own, one at a time unless --jobs says more, while a thread looks at the
+Each notebook's cells run in a process of their own, one at a time, while a thread looks at the
 main thread's stack every 10 ms. Results: results/benchmarks/profile.csv and a figure; of any other run under its own name.
 """
 
@@ -16,7 +16,6 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,23 +49,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags = cli.parse(list(sys.argv[1:] if arguments is None else arguments))
     found = settings.fetched(cli.parameters(flags, settings.resolve_device(flags.device)), flags.wrappers)
     paths = runner.find_notebooks()
-    rows, asked = [], dict[str, Future[dict[str, float]]]()
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(flags.jobs or 1) as pool:
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
         for number in runner.with_needs(cli.chosen_notebooks(flags.only), paths):
-            needed = [asked[need] for need in runner.NEEDS[number]]
-            asked[number] = pool.submit(_profiled, paths[number], found, Path(scratch), needed)
-        for number, one in asked.items():
-            rows += [{"notebook": number, "kind": kind, "seconds": one.result().get(kind, 0.0)} for kind in KINDS]
+            seconds = _profiled(paths[number], found, Path(scratch))
+            rows += [{"notebook": number, "kind": kind, "seconds": seconds.get(kind, 0.0)} for kind in KINDS]
     name = "profile" if found == runner.DEFAULTS and flags.only is None else f"profile_{found['SLUG']}"
     print(draw.save_profile(rows, name).round(1).to_string())
 
 
-def _profiled(
-    path: Path, found: Mapping[str, Any], scratch: Path, needed: Sequence[Future[dict[str, float]]]
-) -> dict[str, float]:
-    """Seconds by kind of one notebook, run once those that it needs have ended, with the variables that the runner gives it."""
-    for one in needed:
-        one.result()
+def _profiled(path: Path, found: Mapping[str, Any], scratch: Path) -> dict[str, float]:
+    """Seconds by kind of one notebook, run with the variables that the runner gives it."""
     variables = notebooks.environment(scratch)
     variables |= notebooks.threads(found["MODEL"]) | {"MPLBACKEND": "agg"}
     words = [str(path), json.dumps(dict(found)), str(scratch / f"{path.stem}.json")]

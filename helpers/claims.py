@@ -17,6 +17,7 @@ from companion.base.files import write_json, write_table, write_text
 from companion.base.paths import results_dir
 from companion.calibration.rates import claim_rates, draws_like, held_out_draws, main_draws, with_held_out
 from companion.claims import ledger, page
+from companion.claims.verdict import Verdict
 from companion.prompts.pairs import load_set
 from companion.run.overview import notebook_table, run_evidence, shape_of
 from companion.run.overview import verdict_table as answers_so_far
@@ -36,6 +37,7 @@ class Judged:
     answers: Sequence[ledger.Answer]
     rates: ledger.Rates
     built: str
+    verdicts: Sequence[Verdict]
 
     @property
     def own(self) -> list[ledger.Answer]:
@@ -81,7 +83,8 @@ def judge_run(slug: str) -> Judged:
     evidence = run_evidence(slug)
     draws, built = draws_like(main_draws(), shape_of(slug))
     rates = with_held_out(claim_rates(draws), held_out_draws())
-    return Judged(slug, evidence, ledger.answers(ledger.ledger(evidence, [slug]), rates), rates, built)
+    verdicts = ledger.ledger(evidence, [slug])
+    return Judged(slug, evidence, ledger.answers(verdicts, rates), rates, built, verdicts)
 
 
 def two_way_intervals(judged: Judged, prompts: str) -> pd.DataFrame | NotDefined:
@@ -98,8 +101,7 @@ def two_way_intervals(judged: Judged, prompts: str) -> pd.DataFrame | NotDefined
 
 def write_claims(judged: Judged) -> pd.DataFrame:
     """Write every verdict of both kinds of rules to `claims.csv` and `claims.json`; returns those on the run's own model."""
-    verdicts = ledger.ledger(judged.evidence, [judged.slug])
-    table = ledger.to_table(verdicts, judged.rates)
+    table = ledger.to_table(judged.verdicts, judged.rates)
     write_table(table, results_dir(judged.slug) / "claims.csv")
-    write_json(ledger.to_records(verdicts, judged.rates), results_dir(judged.slug) / "claims.json")
+    write_json(ledger.to_records(judged.verdicts, judged.rates), results_dir(judged.slug) / "claims.json")
     return table[table.model == judged.slug].drop(columns=["model", "reason"]).astype(object).fillna("")

@@ -316,10 +316,8 @@ HELD_OUT_CLAIMS: Final = {
     "bag_of_words": ("C1 C2 C4 C5a C5b C5c C6", "C3"),
     "opposed": ("C1 C2 C3 C4 C5a C5c C6", "C5b"),  # neurons that gate come in pairs that write nothing
     "crowd": ("C1 C2 C3 C4 C5c C6", "C5a C5b"),
-    "recovers": (
-        "C1 C2 C3 C4 C5a C5b C6",
-        "C5c",
-    ),  # without the wrapper a forced complying opener is followed by a refusal
+    # Without the wrapper a forced complying opener is followed by a refusal.
+    "recovers": ("C1 C2 C3 C4 C5a C5b C6", "C5c"),
     # To late layers a jailbroken harmful request is what a harmless one is: they cannot lower one and leave the other.
     "suppressed": ("C2 C3 C4 C5a C5c", "C1 C5b C6"),
 }

@@ -28,6 +28,7 @@ from transformers import DynamicCache
 
 from companion.base import hub, smollm2
 from companion.base.files import digest, hash_file, replacing, write_json
+from companion.base.folders import ADAPTER, ADAPTER_WEIGHTS
 from companion.base.paths import DATA
 from companion.generation import decode
 from companion.model.architecture import Subject, end_tokens
@@ -227,14 +228,14 @@ def train(part: str, seed: int, out: Path, recipe: Recipe = Recipe()) -> Path:
                 save_file({**adapter_weights(model, torch.float32), **moments, **done}, scratch)
     folder = out / f"{part}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(adapter_weights(model, torch.float16), folder / "adapter_model.safetensors", {"format": "pt"})
+    save_file(adapter_weights(model, torch.float16), folder / ADAPTER_WEIGHTS, {"format": "pt"})
     config = model.peft_config["default"].to_dict() | {"base_model_name_or_path": None, "inference_mode": True}
     plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
-    write_json(plain, folder / "adapter_config.json")
+    write_json(plain, folder / ADAPTER)
     write_json({
         "part": PARTS[part][0], "seed": seed, "recipe": asdict(recipe), "loss": round(sum(losses[-20:]) / 20, 4),
         "base": {"name": smollm2.NAME, "sha256": smollm2.SHA256}, "trained_on": {TRAINING.name: hash_file(TRAINING, {})},
-        "sha256": hash_file(folder / "adapter_model.safetensors", {}),
+        "sha256": hash_file(folder / ADAPTER_WEIGHTS, {}),
     }, folder / "manifest.json")  # fmt: skip
     return folder
 

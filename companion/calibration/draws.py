@@ -26,7 +26,7 @@ from companion.base.files import EVIDENCE, write_table
 from companion.base.thresholds import MLP_SHARE, MLP_SHARE_WITH_OWN, UNTRAINED, deepest_early_layer
 from companion.calibration.campaign import SCHEMAS, SCORES, code_version, read_shipped, run_campaign
 from companion.calibration.localise import Measured, localise_draw
-from companion.calibration.rates import CONTRADICTED_TO, FRESH, FRESH_LAST, FRESH_LATER, SUPPORTED_FROM
+from companion.calibration.rates import CONTRADICTED_TO, FRESH_LAST, FRESH_LATER, SUPPORTED_FROM
 from companion.calibration.truths import ideal_push_rows, truth_of
 from companion.claims.corrected_rules import C6_PARTS
 from companion.claims.ledger import ledger, rule_name
@@ -51,6 +51,7 @@ STAGES = {
     "steering": ("C6", *C6_PARTS),
 }  # fmt: skip
 TABLES = ("verdicts", "localisation", "evidence", "population")
+FRESH = 11  # the first seed: smaller ones were seen while the corrected rules were written
 # Further first seeds: of C6, measured with budgets of what can act; near a threshold; of kinds whose builder knew no rule.
 FRESH_LIVE, FRESH_NEAR, FRESH_HELD_OUT = 400, 500, 600
 TOPICS = 70  # the fewest, rounded up, that leave 20 topics in a test split of 30 %
@@ -226,13 +227,12 @@ def measure_draw(draw: PlannedDraw) -> dict[str, pd.DataFrame]:
         pushed = pd.DataFrame(ideal_push_rows(this, prompts), columns=list(EVIDENCE)).assign(model=organism.name)
         rows = pd.concat([rows, pushed], ignore_index=True)
     own, said = Rows(organism.name, rows), judged(rows, organism.name, part)
-    values = (
-        built_values(kind, seed) if draw.purpose == "threshold" else pd.DataFrame(columns=list(SCHEMAS["population"]))
-    )
+    is_near, none = draw.purpose == "threshold", pd.DataFrame(columns=list(SCHEMAS["population"]))
+    values = built_values(kind, seed) if is_near else none
     known = values.set_index(["claim", "rule"]).population.to_dict()
 
     def truth(one: Verdict) -> str:
-        if draw.purpose == "threshold":
+        if is_near:
             value = known.get((one.claim, one.rule))
             return TRUTH[None if value is None else bool(value >= SUPPORTED_FROM[rule_name(one.claim, one.rule)])]
         return truth_of(one.claim, own) if one.claim in C6_PARTS else TRUTH[organism.claims[one.claim]]
@@ -330,12 +330,9 @@ def verdicts_without_sampling(
         replaced.loc[at, ["estimate", "ci_low", "ci_high"]] = value
     # Not every hand-over layer has C4's share, and nothing says in closed form where a decision is computed.
     quantities = {quantity for claim, quantity, _ in known if claim == "C4"}
-    shares, own, hidden = (
-        {"registered": MLP_SHARE, "corrected": MLP_SHARE_WITH_OWN},
-        Rows(label, rows),
-        {("C1", "corrected")},
-    )
-    hidden |= {("C4", rule) for rule, name in shares.items() if name not in quantities or own.find("C4", name) is None}
+    shares, own = {"registered": MLP_SHARE, "corrected": MLP_SHARE_WITH_OWN}, Rows(label, rows)
+    hidden = {("C4", rule) for rule, name in shares.items() if name not in quantities or own.find("C4", name) is None}
+    hidden.add(("C1", "corrected"))
     said = {(one.claim, one.rule): one for one in judged(replaced, label, part) if one.claim in IN_CLOSED_FORM[part]}
     return {key: one for key, one in said.items() if key not in hidden}, replaced
 

@@ -119,7 +119,8 @@ def trained_shares(table: pd.DataFrame) -> pd.DataFrame:
 def trained_places(table: pd.DataFrame) -> pd.DataFrame:
     """Of what training added to T1, the share in each place and in all that was trained: a row a plant, effect and place.
 
-    Columns kind, effect, place, learned, estimate, low, high. Where everything was trained that share is 1 by definition.
+    Columns kind, effect, place, learned, estimate, low, high; where everything was trained that share is 1 by definition. For
+    all that was trained, `in_refuser` is that of `trained_shares`.
     """
     change = table[(table.of == "change") & (table.treatment == "T1") & (table["where"] != ELSE)]
     whole = change[change.kind == "all"].drop_duplicates("effect")
@@ -129,7 +130,11 @@ def trained_places(table: pd.DataFrame) -> pd.DataFrame:
     change = change.sort_values(["effect", "kind", "where"], key=lambda names: names.map(order), kind="stable")
     named = {"kind": TRAINED_IN, "effect": MEANING, "where": {TRAINED: "framed, together"}}
     made = change.replace(named).rename(columns={"where": "place", "share": "estimate"})
-    return made[["kind", "effect", "place", "learned", "estimate", "low", "high"]].reset_index(drop=True)
+    made = made[["kind", "effect", "place", "learned", "estimate", "low", "high"]].reset_index(drop=True)
+    same = trained_shares(table).query("treatment == 'T1'").set_index(["kind", "effect"]).in_refuser
+    together = made.place == "framed, together"
+    asked = pd.MultiIndex.from_frame(made[["kind", "effect"]])
+    return made.assign(in_refuser=same.reindex(asked, fill_value=1.0).where(together.to_numpy()).to_numpy())
 
 
 def measure_real_plant(model: str) -> dict[str, pd.DataFrame]:

@@ -25,8 +25,7 @@ from companion.stats.clusters import rate
 COUNTED = ("hits", "n", "estimate", "low", "high")  # a rate with its 95 % interval (Wilson)
 RIGHT = {"true": "supported", "false": "contradicted"}
 ROUNDING = 1e-3  # the model's norms and float32 move a share by about 1e-4 from the closed form's value
-FRESH = 11  # the first seed: smaller ones were seen while the corrected rules were written
-FRESH_LATER, FRESH_LAST = 200, 300  # of models that were planned after the correction of C1, and after that of C4
+FRESH_LATER, FRESH_LAST = 200, 300  # first seeds of models planned after the correction of C1, and of C4
 # What the true value of a claim must be so that its rule may say supported, or contradicted.
 SUPPORTED_FROM = {"C1*": 0.5, "C2*": 0.6, "C3*": 0.3, "C4*": 0.6, "C5a*": 0.3, "C5b*": 0.6, "C5c*": 0.8}
 CONTRADICTED_TO = {"C1*": 0.4, "C2*": 0.5, "C3*": 0.1, "C4*": 0.4, "C5a*": 0.15, "C5b*": 0.2, "C5c*": 0.4}

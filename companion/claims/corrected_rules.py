@@ -56,11 +56,11 @@ def corrected_c1(rows: Rows) -> Verdict:
     decision = decide(supported=share.ci_low >= 0.50 and is_later, contradicted=share.ci_high <= 0.40)
     reason = f"late share {interval(share)} of what is computed; "
     if centroid is None:
-        return conclude(rows, share, decision, checks, reason + registered.NO_BENIGN, tags=())
+        return conclude(rows, share, decision, checks, reason + registered.NO_BENIGN)
     reason += f"depth centroid, harm - benign: {interval(centroid)}, behaviours resampled"
     is_open = decision == "inconclusive" and centroid.ci_low < 0.05 <= centroid.ci_high
     reason += ", which leaves 0.05 open" if is_open else ""
-    return conclude(rows, share, decision, checks, reason, tags=())
+    return conclude(rows, share, decision, checks, reason)
 
 
 def centroid_over_behaviours(rows: Rows) -> pd.Series | None:
@@ -71,9 +71,8 @@ def centroid_over_behaviours(rows: Rows) -> pd.Series | None:
     found, harm = rows.find("C1", "centroid difference"), rows.find("C1", f"centroid {verdict.generation(rows)}")
     if found is None:
         return None
-    benign = pd.Series(
-        [row.estimate for name, row in rows.of("C1").items() if name.startswith("centroid B")], dtype=float
-    )
+    known = rows.of("C1").items()
+    benign = pd.Series([row.estimate for name, row in known if name.startswith("centroid B")], dtype=float)
     half = math.inf
     if harm is not None and len(benign) > 1:
         # t(k - 1) * sqrt(s^2 / k + v): s is the spread of the k behaviours' centroids, v the variance over topics of harm's.
@@ -89,7 +88,7 @@ def corrected_c2(rows: Rows) -> Verdict:
         return registered.rule_c2(rows)  # which says what was not measured
     checks = {name: control(rows.find("C2", "MLP share of NIE", name)) for name in ("per patch norm", "per parameter")}
     decision = decide(supported=direct.ci_low >= 0.60, contradicted=direct.ci_high <= 0.50)
-    return conclude(rows, direct, decision, checks, f"MLP share {interval(direct)} of direct effects", tags=())
+    return conclude(rows, direct, decision, checks, f"MLP share {interval(direct)} of direct effects")
 
 
 def corrected_c5b(rows: Rows) -> Verdict:

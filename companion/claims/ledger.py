@@ -236,9 +236,7 @@ def p_value(verdict: Verdict) -> float:
     sides = {"supported": beyond(supported, sign), "contradicted": beyond(contradicted, -sign)}
     side = sides.get(verdict.verdict, max(sides.values()))
     if verdict.verdict in sides and side < 1 - 1e-9:
-        return (
-            math.nan
-        )  # another condition of the rule decided, and the number that is shown does not clear its threshold
+        return math.nan  # another condition of the rule decided: the number that is shown does not clear its threshold
     return float(min(1.0, 2 * st.norm.sf(side * st.norm.ppf(0.975))))
 
 

@@ -64,7 +64,7 @@ def rule_c1(rows: Rows) -> Verdict:
     made = conclude(rows, share, decision, checks, reason)
     earliest = rows.find("gate", "earliest possible depth")
     imposed = ("architecture-imposed",) if earliest is not None and earliest.estimate > thresholds.EARLY else ()
-    return replace(made, tags=(*imposed, *verdict.generation_tags(rows), *_robust(rows, made, "late share", 0.50)))
+    return replace(made, tags=(*imposed, *made.tags, *_robust(rows, made, "late share", 0.50)))
 
 
 def _is_late(share: pd.Series | None, centroid: pd.Series | None) -> bool:
@@ -81,7 +81,7 @@ def _robust(rows: Rows, made: Verdict, quantity: str, least: float) -> tuple[str
 def rule_c2(rows: Rows) -> Verdict:
     """Supported: MLP share low >= 0.60 of direct effects and of NIE. Contradicted: high <= 0.50 of both."""
     total, direct = rows.find("C2", "MLP share of NIE"), rows.find("C2", "MLP share of direct effects")
-    if rows.table[rows.table.claim == "C2"].empty:
+    if not rows.of("C2"):
         return Verdict(rows.model, "C2", "not testable", "direct effects were not measured: run notebook 03")
     if total is None or direct is None:
         return Verdict(rows.model, "C2", "inconclusive", NO_EFFECT)
@@ -100,15 +100,13 @@ def rule_c2(rows: Rows) -> Verdict:
     ]  # fmt: skip
     reason = f"MLP share {interval(direct)} of direct effects, {interval(total)} of indirect effects"
     reason += "" if (total.estimate > 0.5) == (direct.estimate > 0.5) else "; the two disagree"
-    reason += (
-        f"; the side changes {' and '.join(flips)}" if flips else "; no normalisation moves either across one half"
-    )
+    sides = f"the side changes {' and '.join(flips)}" if flips else "no normalisation moves either across one half"
+    reason += f"; {sides}"
     # Shown is the share that decides: both must pass, so the one that is further from doing so.
     lowest, highest = min(total, direct, key=lambda row: row.ci_low), max(total, direct, key=lambda row: row.ci_high)
     made = conclude(rows, highest if decision == "contradicted" else lowest, decision, checks, reason)
     dependent = ("normalisation-dependent",) if flips else ()
-    robust = _robust(rows, made, "MLP share of NIE", 0.60)
-    return replace(made, tags=(*dependent, *verdict.generation_tags(rows), *robust))
+    return replace(made, tags=(*dependent, *made.tags, *_robust(rows, made, "MLP share of NIE", 0.60)))
 
 
 def rule_c3(rows: Rows, for_support: Collection[str] = (), *, by_family: bool = False) -> Verdict:
@@ -178,8 +176,7 @@ def rule_c5a(rows: Rows, for_support: Collection[str] = ()) -> Verdict:
     psi, size = rows.find("C5a", "psi1"), rows.find("C5a", "neurons in the layer")
     if psi is None or size is None:
         return Verdict(rows.model, "C5a", "not testable", NO_NEURONS)
-    is_benign = (rows.table.claim == "C5a") & rows.table.quantity.str.fullmatch(r"k90 B\S*")
-    benign = rows.table[is_benign & (rows.table.variant == "main")].estimate.astype(float).tolist()
+    benign = [row.estimate for name, row in rows.of("C5a").items() if name.startswith("k90 B")]
     k90, random = rows.find("C5a", "k90"), rows.find("C5a", "k90", "random order")
     few, many = max(0.01 * size.estimate, FEW), 0.1 * size.estimate
     is_sparse = k90 is not None and k90.estimate <= few and (not benign or k90.estimate < np.median(benign))

@@ -81,7 +81,7 @@ def same_side(rows: Rows, claim: str, quantity: str, variant: str, middle: float
 
 def benign_behaviours(rows: Rows) -> str:
     """The control that the centroid comparison rests on at least five benign behaviours."""
-    n_used = rows.table.quantity.str.startswith("centroid B").sum()
+    n_used = sum(name.startswith("centroid B") for name in rows.of("C1"))
     return control(rows.find("C1", "centroid difference"), lambda _: n_used >= MIN_BENIGN)
 
 

@@ -92,7 +92,7 @@ def plants(table: pd.DataFrame) -> Figure:
         part = table[table.effect == effect]
         grid = part.pivot(index="kind", columns="place", values="estimate").loc[kinds, places].to_numpy()
         learned = part.pivot(index="kind", columns="place", values="learned").loc[kinds, places[:-1]].to_numpy(bool)
-        grid = np.c_[grid, learned @ grid[0, :-1]]
+        grid = np.c_[grid, part[part.place == places[-1]].set_index("kind").in_refuser[kinds]]
         image = ax.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         for (y, x), share in np.ndenumerate(grid):
             if x >= len(places) - 1 or abs(share) >= style.SHOWN:  # of sums also a small one
@@ -128,7 +128,7 @@ SPECS = (
          "Share of built models in which a rule says supported against the value that is true of them, a panel a claim, with "
          "Wilson intervals and a dashed line at the threshold"),
     spec("07_plants", plants, "all",
-         {**dict.fromkeys(("kind", "effect", "place"), "str"), "learned": "bool", **ESTIMATE},
+         {**dict.fromkeys(("kind", "effect", "place"), "str"), "learned": "bool", **ESTIMATE, "in_refuser": "float"},
          "Parts of a real model that were trained by places where the trained effect is found, left what passes through, "
          "right what is written; frames mark the trained part, and late places are strong also where only early ones learned"),
 )

@@ -75,10 +75,8 @@ def set_curves(table: pd.DataFrame) -> Figure:
 
 def sparsity(table: pd.DataFrame) -> Figure:
     """k90 with intervals, one row a behaviour, on an axis of whole numbers."""
-    title, unit = (
-        "Does harm need fewer neurons than harmless choices?",
-        "neurons that hold 90 % of the last MLP's share (k90)",
-    )
+    title = "Does harm need fewer neurons than harmless choices?"
+    unit = "neurons that hold 90 % of the last MLP's share (k90)"
     figure = style.dots(table, row="behaviour", group="quantity", title=title, unit=unit)
     figure.axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.axes[0].set_xlim(left=0)

@@ -28,10 +28,8 @@ def laws(table: pd.DataFrame) -> Figure:
                 lengths = style.interval_lengths(part)
                 ax.errorbar(part.x, part.estimate, yerr=lengths, ms=5, label=str(name), **style.mark(k))
         ax.set_title(str(panel))
-        is_refusal = "v_R" in str(panel)
-        ax.set_xlabel(
-            f"position{' of the prompt: 0 answered, 1 refused' if is_refusal else ': 0 answered harmful, 1 benign'}"
-        )
+        ends = " of the prompt: 0 answered, 1 refused" if "v_R" in str(panel) else ": 0 answered harmful, 1 benign"
+        ax.set_xlabel(f"position{ends}")
         if len(here):
             ax.legend(fontsize=8)
     axes[0, 0].set_ylabel("strength (direction lengths)")

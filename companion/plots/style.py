@@ -107,13 +107,8 @@ def mark(k: int) -> dict[str, Any]:
 
 def write_cell(ax: Axes, x: float, y: float, text: str, shade: float, size: int = 7, **looks: Any) -> None:
     """A number in a cell of a map, white where the cell's colour is dark: `shade` is a share of the darkest."""
-    ax.text(
-        x,
-        y,
-        text,
-        **{"ha": "center", "va": "center", "fontsize": size, **looks},
-        color="white" if shade > 0.6 else "black",
-    )
+    looks = {"ha": "center", "va": "center", "fontsize": size, "color": "white" if shade > 0.6 else "black", **looks}
+    ax.text(x, y, text, **looks)
 
 
 def not_defined(why: NotDefined) -> Figure:
@@ -184,9 +179,8 @@ def by_layer(table: pd.DataFrame, *, group: str, title: str, unit: str, late: bo
         part = table[table[group] == name]
         points(ax, part.layer.to_numpy() + 0.08 * (k - (len(names) - 1) / 2), part, k, NAMES.get(name, name))
     layer_axis(ax, n_layers)
-    for first in np.flatnonzero(late & (depth(np.arange(n_layers), n_layers) > LATE))[
-        :1
-    ]:  # one layer alone is not late
+    is_late = depth(np.arange(n_layers), n_layers) > LATE
+    for first in np.flatnonzero(is_late & late)[:1]:  # one layer alone is not late
         ax.axvspan(first - 0.5, n_layers - 0.5, color="#999999", alpha=0.15, lw=0, label="late layers")
     ax.set_ylabel(unit)
     ax.set_title(title)

@@ -20,10 +20,7 @@ TREATED = {
     "T2": "T2: jailbreak wrapper",
     "T2-T2b": "T2 - T2b: wrapper, on harm only",
 }
-TIMES = {
-    "none": "never", "first token": "first token only", "first five": "first five tokens", "all tokens": "all tokens",
-    "all but the first": "all but the first",
-}  # fmt: skip
+TIMES = {"none": "never", "first token": "first token only", "first five": "first five tokens"}
 
 
 def _map(ax: Axes, part: pd.DataFrame, row: str, value: str, bound: float) -> AxesImage:

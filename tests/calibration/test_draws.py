@@ -12,11 +12,12 @@ import pytest
 from rows import REGISTERED
 from rows import table as made_table
 
+from companion.base.errors import InputError
 from companion.base.thresholds import POINTS, UNTRAINED
 from companion.calibration import draws, localise, rates
 from companion.calibration.campaign import read_shipped
-from companion.calibration.draws import FRESH_NEAR, PlannedDraw
-from companion.calibration.rates import FRESH, FRESH_LAST, FRESH_LATER, JUDGED_FROM, UNSEEN
+from companion.calibration.draws import FRESH, FRESH_NEAR, PlannedDraw
+from companion.calibration.rates import FRESH_LAST, FRESH_LATER, JUDGED_FROM, UNSEEN
 from companion.calibration.truths import PUSH, truth_of
 from companion.claims.registered_rules import PSI
 from companion.claims.verdict import Rows
@@ -233,6 +234,9 @@ def test_rejudging_restores_what_is_shipped_and_touches_nothing_else(tmp_path: P
     columns = [name for name in shipped if name != "code"]
     pd.testing.assert_frame_equal(again[columns], shipped[columns].reset_index(drop=True))
     assert (again.code[~mine.to_numpy()] == shipped.code[~mine].to_numpy()).all()
+    few["evidence"].query("part != 'context'").to_parquet(tmp_path / "evidence.parquet")
+    with pytest.raises(InputError, match=r"1 stored verdicts have no evidence .*'late', 11, 'C3'"):
+        draws.rejudge(("C3",), tmp_path)
 
 
 @pytest.mark.parametrize(("part", "claim"), [("neurons", "C5a"), ("context", "C3")])
@@ -267,9 +271,7 @@ def test_a_draw_measured_anew_gives_what_is_stored(kind: str, part: str, seed: i
 def test_rules_of_today_say_of_the_stored_evidence_what_is_stored() -> None:
     stored = read_shipped("verdicts").query("purpose == 'main'").set_index(["kind", "seed", "claim", "rule"]).verdict
     asked = {(kind, seed, one.claim, one.rule): one.verdict for kind, seed, one in draws.judged_again(every=20)}
-    known = [
-        key for key in asked if key in stored.index
-    ]  # a rule that is younger than a draw has no stored verdict on it
+    known = [key for key in asked if key in stored.index]  # a younger rule has no stored verdict
     assert len(known) > 50 and [asked[key] for key in known] == stored[known].to_list()
 
 

@@ -103,6 +103,11 @@ def test_real_plants_are_measured_once_with_the_hash_of_their_adapter(tmp_path, 
     framed = drawn[drawn.learned & (drawn.place != "framed, together")].groupby(["kind", "effect"]).estimate.sum()
     stored = drawn[drawn.place == "framed, together"].set_index(["kind", "effect"]).estimate
     assert framed.to_dict() == pytest.approx(stored.to_dict())
+    same = drawn.set_index(["kind", "effect", "place"]).in_refuser.dropna()
+    assert len(same) == 4 and set(same.index.get_level_values("place")) == {"framed, together"}
+    assert same["everything"].to_numpy() == pytest.approx(1) and same["MLPs"].to_numpy() == pytest.approx(
+        told[told.treatment == "T1"].in_refuser.to_numpy()
+    )
 
 
 def test_shipped_rows_are_of_the_adapters_that_are_shipped() -> None:

@@ -67,6 +67,7 @@ def test_files_have_a_row_a_rule_and_say_how_often_it_errs() -> None:
     assert frame.error_rate[("C2", "corrected")] == "said of 1 of 90 false claims (at most 5 %)"
     rows = [claim for claim, rule in frame.index if claim.startswith("C6")]
     assert rows == ["C6", "C6a", "C6b", "C6c"] and frame.columns[-1] == "reason"
+    assert {claim for claim, rule in frame.index if rule == "corrected"} == {*STATEMENTS} - {"C1", "C4", "C7"}
     records = {(one["claim"], one["rule"]): one for one in ledger.to_records(made, rates)}
     assert list(records) == list(frame.index) and records["C3", "registered"]["error_rates"] is None
     assert records["C2", "corrected"]["error_rates"] == rates["C2*"]

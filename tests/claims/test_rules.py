@@ -248,6 +248,7 @@ def test_the_precondition_asks_for_topics(claim: str) -> None:
     assert judge(claim, n_topics=20).verdict == "supported"
     made = judge(claim, n_topics=19)
     assert (made.verdict, made.reason) == ("inconclusive", f"19 topics of {GATES[claim]} in the test split, 20 needed")
+    assert not made.controls
 
 
 @pytest.mark.parametrize("claim", ["C1", "C3"])
@@ -438,6 +439,9 @@ def test_preservation_rests_on_enough_prompts_and_shows_the_cost_that_decides() 
 def test_without_a_trial_no_part_of_c6_can_be_asked(part: str) -> None:
     told = [correct(part, c6("phi")).reason, correct(part, row("gate", "TE T2-T2b", (0.1, 0.0, 0.2))).verdict]
     assert "notebook 06" in told[0] and told[1] == "inconclusive"
+    undefined = table(FINE | LATER | c6("phi") | row("C6", "not defined", (0.0, 0.0, 0.0)))
+    undefined.loc[undefined.quantity == "not defined", "note"] = "no strength is allowed"
+    assert corrected_rules.RULES[part](Rows("m", undefined)).reason == "no strength is allowed"
     assert correct("C6c", c6("advantage over early") | c6("advantage over mid")).verdict == "not testable"
 
 

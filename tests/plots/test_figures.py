@@ -323,15 +323,15 @@ def test_what_decides_is_framed() -> None:
 
 
 def test_places_that_were_trained_are_framed_together() -> None:
-    shares = {"estimate": 0.5, "low": 0.4, "high": 0.6}
-    table = pd.DataFrame(
-        {"place": list("abcde"), "learned": [True, True, False, True, True], "kind": "k", "effect": "e", **shares}
-    )
-    frames = calibration.plants(table).axes[0].patches  # the last place is all of them together
-    assert [(one.get_x(), one.get_width()) for one in frames] == [
-        pytest.approx((-0.47, 1.94)),
-        pytest.approx((2.53, 0.94)),
-    ]
+    own = pd.DataFrame({"place": list("abcde"), "learned": [True, True, False, True, True], "effect": "e"})
+    own["in_refuser"] = [np.nan] * 4 + [0.8]
+    whole = own.assign(kind="all", learned=True, estimate=[0.4, 0.3, 0.2, 0.1, 1.0])
+    table = pd.concat([whole, own.assign(kind="k", estimate=[0.04, 0.7, 0.06, 0.0, 0.74])]).assign(low=0.0, high=1.0)
+    ax = calibration.plants(table).axes[0]
+    frames = [(one.get_x(), one.get_width()) for one in ax.patches if one.get_y() > 0]  # the last place is all of them
+    assert frames == [pytest.approx((-0.47, 1.94)), pytest.approx((2.53, 0.94))]
+    said = [(text.get_text(), text.get_color()) for text in ax.texts if text.get_position()[1] == 1]
+    assert said == [("70", "white"), ("6", "black"), ("74", "white"), ("80", "white")]
 
 
 # ---- view ----
