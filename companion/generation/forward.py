@@ -34,7 +34,7 @@ from companion.model.readout import logits
 from companion.model.replay import Prefix
 from companion.prompts import tokens
 
-KEPT_BYTES: Final = 2**30  # of the plain runs of one model that are kept
+KEPT_BYTES: Final = 2**30  # of the plain runs that are kept
 BATCH_BYTES: Final = KEPT_BYTES // 8  # of one plain run: a larger one would push out too many others
 BATCH = 128  # prompts
 FEWEST = 4  # prompts of a batch, below which reading them from the bottom costs less than many calls
@@ -78,8 +78,11 @@ def plain_run(subject: Subject, ids: Int[Tensor, "prompt pos"]) -> CleanRun | No
     key = bytes(str(tuple(ids.shape)), "ascii") + to_host(ids).tobytes()
     if key not in runs:
         runs[key] = clean_run(subject, ids, keep=("resid", "cache"))
-        while sum(_size(subject, run.tokens) for run in runs.values()) > KEPT_BYTES:
-            runs.popitem(last=False)
+        for held in (*(held for held in _kept.values() if held is not runs), runs):  # another model's runs go first
+            while (
+                held and sum(_size(subject, run.tokens) for all in _kept.values() for run in all.values()) > KEPT_BYTES
+            ):
+                held.popitem(last=False)
     runs.move_to_end(key)
     return runs[key]
 

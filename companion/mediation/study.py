@@ -34,7 +34,7 @@ NOISE_PAIRS = 16  # of the noise floor
 BUDGET = 4.8e13  # operations that the sweeps of layers, modules and heads may take unasked (`memory.operations`)
 FEWEST = 72  # pairs a treatment, whatever they cost: with one a topic, 22 topics in the test split
 SMOKE = 24  # pairs a treatment in the smoke profile
-COSTLY_SMOKE = (8, 4)  # the same where each pair is costly: a treatment's, a benign behaviour's
+COSTLY_SMOKE = (6, 3)  # the same where each pair is costly: a treatment's, a benign behaviour's
 ROBUST = 30  # pairs a treatment, where each is costly, of what only supports a verdict, such as control models
 
 
@@ -43,7 +43,7 @@ class Study:
     """Everything a measurement needs. `twins` maps a T2 pair to its T2b pair; `dropped` counts unusable pairs by reason.
 
     `judge` labels an answer to a request by its content (request, answer), where one can; see `timing.clamped_answers`.
-    `is_costly` says that all pairs of the set would cost more than `BUDGET`.
+    `is_costly` says that all pairs of the set would cost more than `BUDGET`, `is_smoke` that numbers need mean nothing.
     """
 
     slug: str
@@ -53,6 +53,7 @@ class Study:
     twins: Mapping[str, str]
     judge: Callable[[str, str], str] | None = None
     is_costly: bool = False
+    is_smoke: bool = False
     dropped: Mapping[str, int] = field(default_factory=dict)
 
     def of(self, *treatments: str) -> list[TokenPair]:
@@ -87,9 +88,9 @@ class Study:
 
     @property
     def thinned_layers(self) -> tuple[int, ...]:
-        """All layers, or every third from the last one down where each is costly, for what no verdict rests on."""
-        last = self.subject.n_layers - 1
-        return tuple(range(last % 3, last + 1, 3)) if self.is_costly else tuple(range(last + 1))
+        """All layers, or every third (smoke: sixth) from the last one down where each is costly, for what no verdict rests on."""
+        last, step = self.subject.n_layers - 1, (6 if self.is_smoke else 3) if self.is_costly else 1
+        return tuple(range(last % step, last + 1, step))
 
     def subsample(self, n: int) -> Study:
         """The same study on at most `n` pairs a treatment, spread over topics; twins stay with their pairs."""
@@ -136,7 +137,8 @@ def begin(
     check_fit(subject, max(int(side.max()) for side in sides), longest, "a prompt with its answer")
     twins = {p.pair.id: p.pair.twin for p in kept if p.pair.twin}
     openers = tokens.openers(content, subject.tokenizer, len(subject.unembedding[0]))
-    return Study(slug, subject, tuple(kept), openers, twins, is_costly=affordable > 0, dropped=dropped)
+    made = Study(slug, subject, tuple(kept), openers, twins, dropped=dropped)
+    return replace(made, is_costly=affordable > 0, is_smoke=profile == "smoke")
 
 
 def own_pair(study: Study, control: str, treated: str, treatment: str = "") -> TokenPair | NotDefined:

@@ -160,7 +160,7 @@ def cumulative(table: pd.DataFrame) -> Figure:
         ax.axhline(1, color="black", lw=0.8, ls=":")
         layer_axis(ax, n_layers)
         ax.set_title(name)
-        ax.set_ylim(min(0.0, *limits) - 0.1, max(1.0, *limits) + 0.1)
+        ax.set_ylim(min([0.0, *limits]) - 0.1, max([1.0, *limits]) + 0.1)
     axes[0, 0].set_ylabel(TOTAL)
     axes[0, -1].legend(loc="lower right")
     heading(figure, "After which layers does the last token hold the effect? (in any network: all at the end)")

@@ -55,7 +55,7 @@ def notebook_table(slug: str) -> pd.DataFrame:
 
 
 def verdict_table(slug: str) -> pd.DataFrame | NotDefined:
-    """Claim, answer, number and grade for the model of one run, as on its page; not defined before notebook 08 has run."""
+    """What each claim says and the answer for the model of one run; not defined before notebook 08 has run."""
     from companion.claims.corrected_rules import STATEMENTS
 
     path = RESULTS / slug / "08_claims.csv"
@@ -66,7 +66,7 @@ def verdict_table(slug: str) -> pd.DataFrame | NotDefined:
     if own.empty:
         raise InputError(f"{relative(path)} has no row for {slug}: run ./run_all.sh with the flags that made it")
     own = own.assign(says=own.claim.map(STATEMENTS)).fillna("")
-    return own[["claim", "says", "answer", "number", "grade"]].reset_index(drop=True)
+    return own[["claim", "says", "answer"]].reset_index(drop=True)
 
 
 def shape_of(slug: str) -> tuple[int, bool] | None:

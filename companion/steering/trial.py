@@ -6,8 +6,9 @@ its own one, somewhat scaled up, and nothing steered.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from typing import Final
 
 import pandas as pd
@@ -18,9 +19,9 @@ from companion.generation import decode
 from companion.generation.hooks import Steering
 from companion.model.load import load
 from companion.stats.clusters import rate
-from companion.stats.rates import holm, mean_change
+from companion.stats.rates import Change, holm, mean_change
 from companion.steering import budget, comparison, experiment
-from companion.steering.budget import N_CURVE, EvaluationPrompts
+from companion.steering.budget import N_CURVE, Costs, EvaluationPrompts
 from companion.steering.comparison import DECISIVE, FIXED
 from companion.steering.experiment import PLAIN, SteeringExperiment, changed, divergence
 from companion.steering.indirect_effects import shares_neutralised
@@ -38,8 +39,9 @@ MEASURES: Final = {
 class Trial:
     """What the methods did. `defined` holds them at strength 1, `chosen` at the strength that validate chose.
 
-    `undefined` says why others are not there; `retrained` holds the models with a stronger adapter. `answers` maps an arm to
-    the table of `experiment.trial`, beside `plain`, the unsteered model's; `prices` to that of `experiment.prices`.
+    `undefined` says why others are not there; `retrained` holds the first-token costs of models with a stronger adapter.
+    `answers` maps an arm to the table of `experiment.trial`, beside `plain`, the unsteered model's; `prices` to that of
+    `experiment.prices`; `phi` to the share of the wrapper's effect that it undoes.
     """
 
     validate: EvaluationPrompts
@@ -47,10 +49,11 @@ class Trial:
     defined: Mapping[str, Steering]
     undefined: Mapping[str, str]
     chosen: Mapping[str, Steering]
-    retrained: Mapping[str, SteeringExperiment]
+    retrained: Mapping[str, Sequence[Costs]]
     plain: pd.DataFrame
     answers: Mapping[str, pd.DataFrame]
     prices: Mapping[str, pd.DataFrame]
+    phi: Mapping[str, Change]
 
     @property
     def experiment(self) -> SteeringExperiment:
@@ -72,24 +75,38 @@ def run_trial(lab: SteeringExperiment) -> Trial:
     plain = experiment.trial(lab, PLAIN, experiment.test_prompts(lab))
     answers = {name: experiment.trial(lab, one, plain, greedy=name == DECISIVE) for name, one in chosen.items()}
     prices = {name: experiment.prices(lab, one, test.free, test.own) for name, one in chosen.items()}
-    retrained = retrained_models(lab)
-    if isinstance(retrained, NotDefined):
-        undefined, retrained = undefined | {"stronger adapter": retrained.reason}, {}
-    answers |= {name: experiment.trial(one, Steering(name), plain, greedy=False) for name, one in retrained.items()}
-    return Trial(validate, test, defined, undefined, chosen, retrained, plain, answers, prices)
+    phi = shares_neutralised(lab, {name: (lab.subject, one) for name, one in chosen.items()})
+    on, retrained = equal_cost_prompts(lab), dict[str, Sequence[Costs]]()
+    for name, load_it in retrained_models(lab).items():
+        other = load_it()
+        answers[name] = experiment.trial(other, Steering(name), plain, greedy=False)
+        retrained[name] = replace(on, experiment=other).first_token_costs([Steering(name)])
+        phi |= shares_neutralised(lab, {name: (other.subject, Steering(name))})
+        del other  # a whole model, of which no two are needed at once
+    if not retrained:
+        undefined |= {"stronger adapter": NO_ADAPTER}
+    return Trial(validate, test, defined, undefined, chosen, retrained, plain, answers, prices, phi)
 
 
-def retrained_models(lab: SteeringExperiment) -> dict[str, SteeringExperiment] | NotDefined:
-    """The experiment with its model's own adapter so many times as strong, by name; nothing is fitted or labelled anew."""
-    subject, made = lab.subject, {}
-    if split_adapter(subject.name)[1] is None:
-        return NotDefined(NO_ADAPTER)
-    for scale in lab.effort.adapters:
+def retrained_models(lab: SteeringExperiment) -> dict[str, Callable[[], SteeringExperiment]]:
+    """What loads the experiment with its model's own adapter so many times as strong, by name; empty where it has none.
+
+    Nothing is fitted or labelled anew.
+    """
+    subject = lab.subject
+
+    def load_it(scale: float) -> SteeringExperiment:
         kind = str(subject.dtype).removeprefix("torch.")
         other = load(subject.name, device=str(subject.device), dtype=kind, only_answers=True, adapter_scale=scale)
-        fit = replace(lab.fit, subject=replace(other, facts=subject.facts))
-        made[f"adapter x {scale:g}"] = replace(lab, fit=fit, said={})
-    return made
+        return replace(lab, fit=replace(lab.fit, subject=replace(other, facts=subject.facts)), said={})
+
+    scales = lab.effort.adapters if split_adapter(subject.name)[1] is not None else ()
+    return {f"adapter x {scale:g}": partial(load_it, scale) for scale in scales}
+
+
+def equal_cost_prompts(lab: SteeringExperiment) -> EvaluationPrompts:
+    """The test prompts on which arms are compared at one rise of over-refusal."""
+    return budget.evaluation_prompts(lab, "test", N_CURVE // 2)
 
 
 @passes_on
@@ -109,14 +126,11 @@ def harm_at_equal_cost(trial: Trial) -> pd.DataFrame | NotDefined:
     """`comparison.at_equal_over_refusal` of every arm on the test prompts, held against the decisive method."""
     if not trial.decisive:
         return trial.decisive
-    on = budget.evaluation_prompts(trial.experiment, "test", N_CURVE // 2)
-    paths: dict[str, Sequence[budget.Costs]] = {PLAIN.name: []}
+    on, paths = equal_cost_prompts(trial.experiment), dict[str, Sequence[Costs]]({PLAIN.name: []})
     for name, one in trial.defined.items():
         steps = trial.experiment.effort.strengths if one.edits else (1.0,)  # a sentence in the prompt is there or not
         paths[name] = on.first_token_costs([budget.scaled(one, step) for step in steps])
-    for name, other in trial.retrained.items():
-        paths[name] = replace(on, experiment=other).first_token_costs([Steering(name)])
-    return comparison.at_equal_over_refusal(on, paths, against=DECISIVE)
+    return comparison.at_equal_over_refusal(on, {**paths, **trial.retrained}, against=DECISIVE)
 
 
 @passes_on
@@ -126,9 +140,6 @@ def method_summary(trial: Trial) -> pd.DataFrame:
     `budget` is in units of the residual stream, `budget_relative` in lengths of what stood at the steered sites. The first row
     has the unsteered model's own rates. A kind of prompt that the set lacks leaves its cells empty.
     """
-    arms = {name: (trial.experiment.subject, one) for name, one in trial.chosen.items()}
-    arms |= {name: (one.subject, Steering(name)) for name, one in trial.retrained.items()}
-    phi = shares_neutralised(trial.experiment, arms)
     first = {"strength": 0.0, "budget": 0.0, "budget_relative": 0.0}
     rows: list[dict[str, object]] = [{"method": PLAIN.name, **first, **label_rates(trial.plain)}]
     for name, table in trial.answers.items():
@@ -147,10 +158,11 @@ def method_summary(trial: Trial) -> pd.DataFrame:
         if name in trial.prices:
             kl, p95, ratio = divergence(trial.prices[name])
             row |= _limits("kl", astuple(kl)) | {"kl_p95": p95} | _limits("perplexity_ratio", astuple(ratio))
-        row |= label_rates(table) | gate_firing(trial.experiment, arms[name][1], table)
+        gate = gate_firing(trial.experiment, trial.chosen[name], table) if name in trial.chosen else {}
+        row |= label_rates(table) | gate
         free = table[table.kind == "harmless"]
         row |= _limits("repetition", astuple(mean_change(free.repetition.to_numpy(), free.topic.to_numpy())))
-        rows.append(row | _limits("phi", astuple(phi[name])))
+        rows.append(row | _limits("phi", astuple(trial.phi[name])))
     found = pd.DataFrame(rows)
     return found.assign(p_holm=holm(list(found.p))).drop(columns="p")
 

@@ -90,6 +90,9 @@ def test_the_plain_pass_is_made_once_and_forgotten_when_too_many_are_kept(monkey
     assert forward.plain_run(subject, first) is kept and len(made) == 1
     monkeypatch.setattr(forward, "KEPT_BYTES", one)
     assert forward.plain_run(subject, second) is not forward.plain_run(subject, first) and len(made) == 3
+    other = tiny_subject("llama")
+    forward.plain_run(other, first), forward.plain_run(subject, first)
+    assert len(made) == 5, "all models share one memory"
     monkeypatch.setattr(forward, "BATCH_BYTES", one - 1)
     assert forward.plain_run(subject, first) is None
 

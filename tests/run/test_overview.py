@@ -98,7 +98,7 @@ def test_the_map_shows_the_answers_of_the_page(tmp_path: Path, monkeypatch: pyte
     ]
     files.write_table(pd.DataFrame(rows, columns=list(overview.ANSWERS)), tmp_path / "mine" / "08_claims.csv")
     (row,) = overview.verdict_table("mine").itertuples(index=False)
-    assert row == ("C6c", STATEMENTS["C6c"], "cannot tell", "-13.0 points", "cannot tell")
+    assert row == ("C6c", STATEMENTS["C6c"], "cannot tell")
 
 
 def test_every_notebook_has_a_question_and_its_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

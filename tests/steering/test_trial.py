@@ -45,9 +45,8 @@ def test_rates_count_the_label_that_matters_for_a_kind() -> None:
 
 
 @pytest.fixture
-def made(fit: Fit, experiment: SteeringExperiment, monkeypatch: pytest.MonkeyPatch) -> Trial:
+def made(fit: Fit, experiment: SteeringExperiment) -> Trial:
     """Three arms: a gated push, the tested method, and a model that stands for a retrained one and is the same."""
-    monkeypatch.setattr(trials, "shares_neutralised", lambda _, arms: dict.fromkeys(arms, Change(0.5, 0.4, 0.6, 9, 9)))
     kinds = np.where(np.arange(36) % 9 == 2, "borderline", experiment.prompts.kind)
     lab = replace(experiment, prompts=experiment.prompts.assign(kind=kinds, split="test"), said={})
     on = evaluated(lab, "test", "on")
@@ -58,7 +57,9 @@ def made(fit: Fit, experiment: SteeringExperiment, monkeypatch: pytest.MonkeyPat
     tables["retrained"] = trial(lab, replace(PLAIN, name="retrained"), plain, greedy=False)
     tables["gated"] = tables["gated"].assign(repetition=np.arange(36) / 36)
     price = {name: prices(lab, one, free, own) for name, one in arms.items()}
-    return Trial(on, on, arms, {}, arms, {"retrained": lab}, plain, tables, price)
+    other = trials.equal_cost_prompts(lab).first_token_costs([replace(PLAIN, name="retrained")])
+    phi = dict.fromkeys(tables, Change(0.5, 0.4, 0.6, 9, 9))
+    return Trial(on, on, arms, {}, arms, {"retrained": other}, plain, tables, price, phi)
 
 
 def test_the_summary_has_both_limits_of_every_price_and_both_budgets(made: Trial) -> None:
@@ -110,7 +111,7 @@ def test_a_readers_request_is_shown_by_its_label_and_first_word(made: Trial) -> 
 
 
 def test_a_stronger_adapter_is_another_model_on_the_same_prompts(experiment, monkeypatch):
-    assert trials.retrained_models(experiment) == NotDefined(trials.NO_ADAPTER)
+    assert trials.retrained_models(experiment) == {}
     named = replace(
         experiment, fit=replace(experiment.fit, subject=replace(experiment.subject, name="smollm2-refuser"))
     )
@@ -122,9 +123,9 @@ def test_a_stronger_adapter_is_another_model_on_the_same_prompts(experiment, mon
 
     monkeypatch.setattr(trials, "load", load)
     found = trials.retrained_models(named)
-    assert asked == [("smollm2-refuser", 1.25), ("smollm2-refuser", 1.5)]
-    assert list(found) == ["adapter x 1.25", "adapter x 1.5"]
-    one = found["adapter x 1.5"]
+    assert list(found) == ["adapter x 1.25", "adapter x 1.5"] and not asked, "each is loaded when its turn comes"
+    one = found["adapter x 1.5"]()
+    assert asked == [("smollm2-refuser", 1.5)]
     assert one.prompts is named.prompts and one.subject.name == "other" and one.subject.facts == named.subject.facts
 
 
