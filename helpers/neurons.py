@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from itertools import takewhile
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from torch import Tensor
 from companion.base.display import NotDefined, passes_on
 from companion.base.files import EVIDENCE, write_table
 from companion.base.paths import results_dir
+from companion.claims.registered_rules import FEW
 from companion.evidence import neurons as evidence
 from companion.evidence.neurons import Gates, Neurons, all_curves, measure_gates, measure_neurons
 from companion.mediation.estimands import CELLS, run_clean
@@ -29,7 +31,7 @@ from companion.neurons import adjacency, clamping, gating, screening, sets, sing
 from companion.neurons.adjacency import morans_i
 from companion.neurons.gating import gate_tests
 from companion.neurons.single import PairEffects
-from companion.prompts.pairs import shown
+from companion.prompts.pairs import Pair, shown
 from companion.prompts.tokens import TokenPair
 
 __all__ = ["all_curves", "common_words", "curve_table", "edit_input", "fires_on", "four_cells", "gate_and_up", "gate_cells",
@@ -120,26 +122,55 @@ def joint_effects(
 
 @passes_on
 def curve_table(made: Mapping[str, PairEffects]) -> pd.DataFrame | NotDefined:
-    """Ranked and random order as shares of the whole layer's effect, with intervals over topics: series, k, estimate, ..."""
+    """Ranked and random order as shares of the whole layer's effect, with intervals over topics: series, k, estimate, ...
+
+    `k90` is that of the series, NaN where no k settles.
+    """
     names = {"main": "largest first", "random order": "random order"}
-    table = pd.concat([sets.curve_shares(made[name]).assign(series=label) for name, label in names.items()])
+    curves = {label: (sets.curve_shares(made[name]), _k90(made[name])) for name, label in names.items()}
+    table = pd.concat([shares.assign(series=label, k90=k90.get("estimate")) for label, (shares, k90) in curves.items()])
     return (
-        table
+        table.astype({"k90": float})
         if len(table)
         else NotDefined("The last MLP as a whole works against the treatment: no share of it is defined.")
     )
 
 
+def _k90(curve: PairEffects) -> dict[str, float]:
+    """k90 of a curve with its interval over topics: estimate, low, high; empty where no k settles."""
+    found, at = sets.curve_summary(curve), sets.SUMMARY.index("k90")
+    ends = {"estimate": found.estimate[at], "low": found.low[at], "high": found.high[at]}
+    return ends if ends["estimate"] <= curve.columns["k"].max() else {}
+
+
 @passes_on
-def settled(made: Mapping[str, PairEffects]) -> pd.DataFrame | NotDefined:
-    """k90 of harm and of each benign behaviour with intervals over topics; without those where no k settles."""
-    rows, at = [], sets.SUMMARY.index("k90")
+def settled(made: Mapping[str, PairEffects], study: Study) -> pd.DataFrame | NotDefined:
+    """k90 of harm and of each benign behaviour with intervals over topics; without those where no k settles.
+
+    `words` says between what a behaviour chooses, `few` how many neurons C5a allows.
+    """
+    few, rows = int(max(0.01 * study.subject.d_mlp, FEW)), []
     for name, curve in made.items():
-        found = sets.curve_summary(curve)
-        if name != "random order" and found.estimate[at] <= curve.columns["k"].max():
-            row = {"estimate": found.estimate[at], "low": found.low[at], "high": found.high[at]}
-            rows.append({"behaviour": "harm" if name == "main" else name, "quantity": "k90", **row})
+        if name != "random order" and (k90 := _k90(curve)):
+            harm = {"behaviour": "harm", "words": "refuse or answer"}
+            own = harm if name == "main" else {"behaviour": name, "words": _choice(study.of(name)[0].pair)}
+            rows.append({**own, "quantity": "k90", **k90, "few": few})
     return pd.DataFrame(rows) if rows else NotDefined("No curve settles: every layer works against its behaviour.")
+
+
+def _choice(pair: Pair) -> str:
+    """Between what a behaviour chooses, in the words in which a pair's prompts differ; empty where these are hidden."""
+    control, treated = (shown(pair, side).split() for side in ("control", "treated"))
+    start = _alike(control, treated)
+    ends = control[start:], treated[start:]
+    behind = _alike(ends[0][::-1], ends[1][::-1])
+    words = [" ".join(end[: len(end) - behind]).strip(".,?!") for end in ends]
+    return "" if pair.sensitive else f'"{words[0]}" or "{words[1]}"'
+
+
+def _alike(one: list[str], other: list[str]) -> int:
+    """How many words two texts begin with alike."""
+    return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(one, other, strict=False)))
 
 
 def moran(found: Neurons) -> pd.DataFrame | NotDefined:

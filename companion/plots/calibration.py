@@ -87,7 +87,7 @@ def plants(table: pd.DataFrame) -> Figure:
     names = [str(place).replace(", ", ",\n").replace("attn ", "").replace("mlp ", "") for place in places]
     for k, place in enumerate(places):  # each site is named once, under the middle of its layers
         names[k] += {"attn middle": "\nattention", "mlp middle": "\nMLP"}.get(place, "")
-    names = [*names[:-1], "framed\nsum", "same,\nrow 1"]
+    names = [*names[:-1], "sum\nhere", "sum in\nrow 1"]
     for ax, effect in zip(axes[0], effects, strict=True):
         part = table[table.effect == effect]
         grid = part.pivot(index="kind", columns="place", values="estimate").loc[kinds, places].to_numpy()

@@ -7,10 +7,12 @@ import textwrap
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from companion.plots import style
 from companion.plots.style import ESTIMATE, MARKERS, OKABE_ITO, distinct, heading, legend_below, new_figure, spec
+
+WHOLE = FuncFormatter(lambda value, _: f"{value:,.0f}")
 
 
 def strongest(table: pd.DataFrame) -> Figure:
@@ -52,34 +54,53 @@ def fires_on(table: pd.DataFrame) -> Figure:
 
 
 def set_curves(table: pd.DataFrame) -> Figure:
-    """Joint effect of growing sets as a share of the whole layer's, k on a logarithmic axis; the band of k90 shaded."""
-    figure, axes = new_figure(width=7.0, height=3.4)
+    """Joint effect of growing sets as a share of the whole layer's, k on a logarithmic axis; the band of k90 shaded.
+
+    A thin line marks the k90 of each order.
+    """
+    figure, axes = new_figure(width=7.0, height=3.6)
     ax = axes[0, 0]
     for k, (label, line) in enumerate(table.groupby("series", sort=False)):
         colour, marker = OKABE_ITO[k % 8], MARKERS[k % 8]
         ax.plot(line.k, line.estimate, marker=marker, color=colour, ms=3, lw=1.2, label=str(label))
         ax.fill_between(line.k, line.low, line.high, color=colour, alpha=0.2, lw=0)
+        if np.isfinite(k90 := float(line.k90.iloc[0])):
+            ax.axvline(k90, color=colour, lw=0.9, ls="--")
+            looks = {"ha": "right", "fontsize": 8, "color": colour, "bbox": {"fc": "white", "ec": "none", "pad": 1}}
+            where = ax.get_xaxis_transform()
+            ax.text(k90 * 0.97, 0.1 - 0.08 * k, f"{label}: k90 = {k90:,.0f}", transform=where, **looks)
     ax.axhspan(0.9, 1.1, color="#999999", alpha=0.25, lw=0, label="within 10 % of the whole layer")
     ax.axhline(0, color="black", lw=0.8)
     ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(WHOLE)
     ax.set_xlabel("neurons changed together")
     ax.set_ylabel("share of the whole layer's effect")
     ax.set_title("How many neurons does it take? (ranked on discover, measured on test)")
     if len(bounded := table[np.isfinite(table.estimate)]):  # the bands whole, unless they would flatten the curves
         inside = bounded.estimate.min() - 1.0, bounded.estimate.max() + 1.0
         ends = max(bounded.low.min(), inside[0]), min(bounded.high.max(), inside[1])
-        ax.set_ylim(min(-0.2, ends[0] - 0.1), max(1.3, ends[1] + 0.1))
+        low, high = min(-0.2, ends[0] - 0.1), max(1.3, ends[1] + 0.1)
+        ax.set_ylim(low - 0.15 * (high - low), high)  # room below for what the thin lines say
     ax.legend(fontsize=8, loc="upper left")
     return figure
 
 
 def sparsity(table: pd.DataFrame) -> Figure:
-    """k90 with intervals, one row a behaviour, on an axis of whole numbers."""
-    title = "Does harm need fewer neurons than harmless choices?"
-    unit = "neurons that hold 90 % of the last MLP's share (k90)"
-    figure = style.dots(table, row="behaviour", group="quantity", title=title, unit=unit)
-    figure.axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.axes[0].set_xlim(left=0)
+    """k90 with intervals, one row a behaviour, on a logarithmic axis; shaded is what C5a calls few."""
+    named = table.assign(row=[textwrap.fill(f"{one.behaviour}: {one.words}", 34) for one in table.itertuples()])
+    rows, few = distinct(named.row), int(table.few.iloc[0])
+    figure, axes = new_figure(width=7.0, height=1.2 + 0.32 * len(rows))
+    ax = axes[0, 0]
+    style.draw_dots(ax, named, "row", "quantity", rows, distinct(table.quantity))
+    ax.axvspan(0.5, few, color="#999999", alpha=0.25, lw=0)
+    ax.axvline(few, color="black", lw=0.9, ls="--", label=f"C5a asks for k90 of at most {few} neurons (shaded)")
+    ends = table[["estimate", "high"]].to_numpy()
+    ax.set_xscale("log")
+    ax.set_xlim(1, 1.3 * max(few, *ends[np.isfinite(ends)]))
+    ax.xaxis.set_major_formatter(WHOLE)
+    ax.set_xlabel("neurons that hold 90 % of the last MLP's share (k90)")
+    ax.set_title("Does harm need fewer neurons than harmless choices?")
+    legend_below(figure, [ax], 2)
     return figure
 
 
@@ -126,10 +147,13 @@ SPECS = (
          "Exact effects of the strongest last-layer neurons, alone, in both directions, as shares of the total effect"),
     spec("04_fires_on", fires_on, "C5a", {"neuron": "int", "kind": "str", "value": "float", "prompt": "str"},
          "Values of the strongest last-layer neurons at the last token of harmful and harmless requests in both wrappers"),
-    spec("04_curves", set_curves, "C5a", {"series": "str", "k": "int", **ESTIMATE},
-         "Joint effect of the top k last-layer neurons as a share of the whole layer's, against random order"),
-    spec("04_sparsity", sparsity, "C5a", {"behaviour": "str", "quantity": "str", **ESTIMATE},
-         "Number of last-layer neurons that hold nine tenths of the layer's effect, for harm and for each benign behaviour"),
+    spec("04_curves", set_curves, "C5a", {"series": "str", "k": "int", "k90": "float", **ESTIMATE},
+         "Joint effect of the top k last-layer neurons as a share of the whole layer's, against random order, with a thin line "
+         "where each order holds nine tenths for good (k90)"),
+    spec("04_sparsity", sparsity, "C5a",
+         {**dict.fromkeys(("behaviour", "words", "quantity"), "str"), **ESTIMATE, "few": "int"},
+         "Number of last-layer neurons that hold nine tenths of the layer's effect on a logarithmic axis, for harm and for each "
+         "benign behaviour in words; the few that C5a allows are shaded at the left"),
     spec("04_moran", permutations, "C7", dict.fromkeys(("start", "end", "count", "observed", "least", "most"), "float"),
          "Moran's I of rank |effect| along the neuron index, against its values under permuted indices"),
     spec("04b_cells", cells, "C5b", {"form": "str", "first": "int", "second": "int", **ESTIMATE},

@@ -20,7 +20,7 @@ from companion.base import files, paths
 from companion.base.display import NotDefined
 from companion.base.errors import InputError
 from companion.base.thresholds import COMPONENTS
-from companion.plots import calibration, figures, layers, style
+from companion.plots import calibration, figures, layers, neurons, style
 from companion.plots.figures import SPECS, describe, index, spec_of
 from companion.plots.style import ESTIMATE, FigureSpec
 from companion.plots.view import framed, interactive_map
@@ -312,6 +312,24 @@ def test_a_row_of_one_group_is_drawn_at_its_label() -> None:
     ax = style.dots(table, row="row", group="group", title="", unit="").axes[0]
     at = {x: y for line in ax.get_lines() for x, y in line.get_xydata().tolist() if x in (1.0, 2.0, 3.0)}
     assert at[3.0] == 1.0 and at[1.0] < 0.0 < at[2.0]
+
+
+def test_a_thin_line_says_where_an_order_arrives_for_good() -> None:
+    table = pd.DataFrame({"k": [1, 10, 1, 10], "series": ["a", "a", "b", "b"], "k90": [7.0, 7.0, np.nan, np.nan]})
+    ax = neurons.set_curves(table.assign(estimate=0.5, low=0.4, high=0.6)).axes[0]
+    assert [line.get_xdata()[0] for line in ax.get_lines() if line.get_linestyle() == "--"] == [7.0]
+    assert [text.get_text() for text in ax.texts] == ["a: k90 = 7"]
+
+
+def test_how_few_neurons_are_allowed_is_shaded_and_said() -> None:
+    table = pd.DataFrame(
+        {"behaviour": ["harm", "B4"], "words": ["refuse or answer", '"tip" or "poem"'], "quantity": "k90"}
+    )
+    figure = neurons.sparsity(table.assign(estimate=[694.0, 90.0], low=80.0, high=900.0, few=15))
+    (ax,), (legend,) = figure.axes, figure.legends
+    assert [patch.get_x() + patch.get_width() for patch in ax.patches] == [15]
+    assert "at most 15 neurons" in legend.get_texts()[0].get_text()
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["harm: refuse or answer", 'B4: "tip" or "poem"']
 
 
 def test_what_decides_is_framed() -> None:
