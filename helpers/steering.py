@@ -133,14 +133,12 @@ def same_budget(made: Trial | NotDefined) -> tuple[SameBudget | NotDefined, pd.D
 
 
 def write_evidence(made: Trial | NotDefined, same: SameBudget | NotDefined, lab: Lab, slug: str) -> pd.DataFrame:
-    """Write `06_evidence.csv`, the rows that the verdicts on C6 read, and beside it the directions.
+    """Write `06_evidence.csv`, the rows that the verdicts on C6 read.
 
     Refits on other draws of topics, and indirect effects in the steered model, are measured here.
     """
     if isinstance(made, Trial):
         print(labels.labeller(exact=made.experiment.exact))
-    if isinstance(lab, SteeringExperiment) and not lab.fit.missing:
-        extraction.save_directions(lab.fit, results_dir(slug) / "directions")
     if isinstance(made, NotDefined) or isinstance(same, NotDefined):
         rows = evidence.not_defined(str(made if isinstance(made, NotDefined) else same))
     else:

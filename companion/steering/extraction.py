@@ -1,4 +1,4 @@
-"""Directions between classes of prompts: class means of activations, and files that keep them.
+"""Directions between classes of prompts, from class means of activations.
 
 A class is what the model itself did: harmful prompts that it refused, harmful ones that it complied with, and other prompts that
 it answered. Directions come from the topics of `discover`; what is calibrated (gates, slopes, clips) comes from `validate`.
@@ -6,20 +6,17 @@ it answered. Directions come from the topics of `discover`; what is calibrated (
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
-from safetensors.numpy import save as to_bytes
 
-from companion.base import chat, files
+from companion.base import chat
 from companion.base.device import to_host
 from companion.base.errors import InputError
 from companion.generation import forward
@@ -34,14 +31,9 @@ CLASSES: Final = {
     "complied": "the model complied with no harmful prompt: add stronger jailbreak wrappers (T2)",
     "benign": "the model answered no harmless prompt: add harmless ones (T1, T2b or B)",
 }
-ROLES: Final = {
-    "rejection": "mean(refused) - mean(complied): adding it moves towards refusing",
-    "harmfulness": "mean(benign) - mean(complied): adding it moves towards what is answered because it is harmless",
-}
+# mean of the first class - mean of the second: adding it moves towards refusing, or towards what is answered as harmless.
 ENDS: Final = {"rejection": ("refused", "complied"), "harmfulness": ("benign", "complied")}
 FITTED: Final = ("resid_post", "mlp_out")  # the parts on which directions are fitted
-FILE: Final = "directions.safetensors"
-MANIFEST: Final = "directions.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,30 +160,3 @@ def _activations(
             rows[name].append(to_host(torch.stack([x[:, place] for x in layers], dim=1).float()))
     back = np.argsort(np.concatenate(order))
     return {name: np.concatenate(parts)[back] for name, parts in rows.items() if parts}
-
-
-def save_directions(fit: Fit, folder: Path) -> Path:
-    """Writes the class means and a manifest (model, template, token, roles and signs, counts, hashes of prompt ids).
-
-    A direction holds for one model, template and token alone.
-    """
-    assert fit.subject.tokenizer is not None
-    tensors = {name: np.ascontiguousarray(mean, dtype=np.float64) for name, mean in fit.means().items()}
-    with files.replacing(folder / FILE) as scratch:
-        scratch.write_bytes(to_bytes(tensors))  # the library's own writer lets nobody but its user read the file
-    manifest = {
-        "model_sha256": fit.subject.sha256,
-        "model": fit.subject.name,
-        "template_sha256": _sha(str(fit.subject.tokenizer.chat_template)),
-        "token": "last token of the prompt, with the generation prompt",
-        "part": "resid_post",
-        "roles": ROLES,
-        "n": {name: int(fit.mask("discover", name).sum()) for name in CLASSES},
-        "prompt_id_sha256": {n: [_sha(str(one)) for one in fit.prompts.id[fit.mask("discover", n)]] for n in CLASSES},
-        "file_sha256": hashlib.sha256((folder / FILE).read_bytes()).hexdigest(),
-    }
-    return files.write_json(manifest, folder / MANIFEST)
-
-
-def _sha(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -9,12 +9,10 @@ import models
 import numpy as np
 import pandas as pd
 import pytest
-from safetensors.numpy import load_file
 from steering_lab import experiment_of, fitted
 
 from companion.base.display import NotDefined
 from companion.base.errors import InputError
-from companion.base.files import read_json
 from companion.claims.registered_rules import rule_c6
 from companion.claims.verdict import Rows
 from companion.evidence import steering
@@ -44,18 +42,6 @@ def test_a_missing_class_is_named_and_the_rest_stays_usable(fit: Fit, case: str)
             assert left.direction(role).any()
     with pytest.raises(InputError, match=supply):
         methods.targeted_layers(left, layers=[2])
-
-
-def test_saved_directions_come_with_what_they_hold_for(fit: Fit, tmp_path: Path) -> None:
-    extraction.save_directions(fit, tmp_path)
-    means = load_file(tmp_path / extraction.FILE)
-    np.testing.assert_array_equal(means["refused"] - means["complied"], fit.direction("rejection"))
-    manifest = read_json(tmp_path / extraction.MANIFEST)
-    counts = fit.prompts[fit.prompts.split == "discover"]["class"].value_counts().to_dict()
-    assert (manifest["model_sha256"], manifest["n"]) == (fit.subject.sha256, counts)
-    bytes_before = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
-    extraction.save_directions(fit, tmp_path)
-    assert bytes_before == [path.read_bytes() for path in sorted(tmp_path.iterdir())]
 
 
 def test_what_a_shared_opening_computes_once_is_what_each_prompt_computes(monkeypatch: pytest.MonkeyPatch) -> None:
