@@ -6,7 +6,9 @@ What cannot be computed for a model or a prompt set is a `NotDefined`, decided h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -20,16 +22,16 @@ from companion.base.paths import results_dir
 from companion.evidence import steering as evidence
 from companion.evidence.steering import SameBudget
 from companion.generation import labels, outcomes
-from companion.generation.hooks import Edit, Steering
+from companion.generation.hooks import PLAIN, Edit, Steering
 from companion.mediation.study import Study
-from companion.steering import adasteer, comparison, experiment, extraction, methods, trial
+from companion.steering import adasteer, budget, comparison, experiment, extraction, methods, trial
 from companion.steering.comparison import DECISIVE
 from companion.steering.experiment import SteeringExperiment
-from companion.steering.trial import Trial, before_and_after, harm_at_equal_cost, paired_differences
+from companion.steering.trial import Trial, harm_at_equal_cost, paired_differences
 
-__all__ = ["Lab", "adasteer_laws", "before_and_after", "harm_at_equal_cost", "label_prompts", "paired_differences",
-           "rejection_directions", "requests", "run_trial", "same_budget", "steered_outcomes", "summary", "test_prompts",
-           "write_evidence"]  # fmt: skip
+__all__ = ["Lab", "adasteer_laws", "adasteer_tries", "before_and_after", "harm_at_equal_cost", "label_prompts",
+           "paired_differences", "rejection_directions", "requests", "run_trial", "same_budget", "steered_outcomes", "summary",
+           "test_prompts", "write_evidence"]  # fmt: skip
 
 Lab = SteeringExperiment | NotDefined
 
@@ -100,6 +102,32 @@ def adasteer_laws(lab: Lab) -> tuple[pd.DataFrame | NotDefined, pd.DataFrame | N
     return table, slopes.set_index("law").round(2)
 
 
+def adasteer_tries(lab: Lab) -> tuple[pd.DataFrame, pd.Series]:
+    """What the laws at late layers are fitted from, and the library's fit: `w_r`, `b_r`, `w_c` and `b_c`.
+
+    A row a prompt of validate and strength tried: law ("v_R", "v_H"), kind ("harmful", "other"), position, strength (summed
+    over the steered layers, in direction lengths) and refused. Where there are no laws, made-up prompts stand for practice.
+    """
+    grid, at = np.array(adasteer.GRID), np.zeros(1)
+    try:
+        if isinstance(lab, NotDefined):
+            raise InputError(str(lab))
+        late = comparison.zones(lab.subject.n_layers)["late"]
+        laws, tried = adasteer.laws_of(lab.fit, tuple(late))
+        rules = [len(late) * value for law in laws for value in (law.rule.slope, law.rule.offset)]
+        parts = [tried.pos_r, *tried.pos_h], [tried.needs, tried.harmful, tried.other]
+    except InputError as error:
+        print("for practice only:", error)
+        rules = [0.0, 0.0, 0.0, grid[-1]]  # where harmful prompts are always refused and others never
+        parts = [at, at, at + 1], [np.full((len(grid), 1), chance) for chance in (1.0, 1.0, 0.0)]
+    tables = [
+        pd.DataFrame({"law": law, "kind": kind, "position": np.tile(position, len(grid)),
+                      "strength": np.repeat(grid, len(position)), "refused": chance.ravel() > 0.5})
+        for law, kind, position, chance in zip(("v_R", "v_H", "v_H"), ("harmful", "harmful", "other"), *parts, strict=True)
+    ]  # fmt: skip
+    return pd.concat(tables, ignore_index=True), pd.Series(rules, index=["w_r", "b_r", "w_c", "b_c"])
+
+
 def run_trial(lab: Lab) -> Trial | NotDefined:
     """Fit at most nine methods, choose each strength on validate, and let each answer the test prompts; prints which."""
     if isinstance(lab, NotDefined):
@@ -115,11 +143,10 @@ def summary(made: Trial | NotDefined, slug: str) -> pd.DataFrame | NotDefined:
     """Write everything that is reported about each method to `06_summary.csv`; the columns that a lesson reads are shown."""
     table = trial.method_summary(made)
     write_table(table, results_dir(slug) / "06_summary.csv")
-    columns = ["strength", "budget", "budget_relative", "kl", "phi", "phi_low", "phi_high"]
+    columns = ["strength", "budget", "kl", "phi", "phi_low", "phi_high"]
     if isinstance(table, NotDefined):
         return table
-    # A push is often less than a hundredth of what stands where it is added.
-    return table.set_index("method").reindex(columns=columns).round(dict.fromkeys(columns, 2) | {"budget_relative": 4})
+    return table.set_index("method").reindex(columns=columns).round(2)
 
 
 def same_budget(made: Trial | NotDefined) -> tuple[SameBudget | NotDefined, pd.DataFrame | NotDefined]:
@@ -149,3 +176,24 @@ def write_evidence(made: Trial | NotDefined, same: SameBudget | NotDefined, lab:
     table = pd.DataFrame(rows, columns=list(EVIDENCE)).assign(model=slug)
     write_table(table, results_dir(slug) / "06_evidence.csv")
     return table.set_index(["quantity", "variant"])[["estimate", "ci_low", "ci_high", "n_pairs", "note"]].round(2)
+
+
+def before_and_after(made: Trial | NotDefined, text: str, strength: float = 1.0) -> pd.DataFrame | NotDefined:
+    """A request under no steering and two methods: P(refusal) at their chosen strengths and at `strength`, and there the
+    label and first word of the greedy answer. No more of it is kept.
+
+    An empty text stands for the first jailbroken test prompt.
+    """
+    if isinstance(made, NotDefined):
+        return made
+    text = text or str(made.plain.text[made.plain.kind == "harmful"].iloc[0])
+    other = {name: budget.scaled(one, strength) for name, one in made.defined.items()}
+    table = trial.before_and_after(replace(made, chosen=other), text)
+    assert isinstance(table, pd.DataFrame)
+    for place, (name, methods_at) in enumerate({"chosen": made.chosen, f"{strength:g}": other}.items()):
+        tables = [
+            made.experiment.first_tokens(pd.DataFrame({"text": [text]}), [methods_at.get(method, PLAIN)])[0]
+            for method in table.index
+        ]
+        table.insert(place, f"P(refusal) at {name}", [round(float(one.p_refuse.iloc[0]), 2) for one in tables])
+    return table.rename(columns={"answer": f"answer at {strength:g}"})

@@ -11,7 +11,9 @@ from companion.base import paths
 from companion.base.display import NotDefined
 from companion.mediation.estimands import measure_effects, mediators, prompt_tokens
 from companion.mediation.study import Study
-from companion.steering.comparison import zones
+from companion.steering import budget, comparison
+from companion.steering.comparison import FIXED, zones
+from companion.steering.trial import Trial
 from helpers import model, modules, neurons, prompts, steering, tokens
 
 # ---- modules ----
@@ -226,6 +228,32 @@ def test_directions_by_hand_are_the_librarys_also_where_there_are_none(ten_pairs
 def test_as_many_prompts_of_either_kind_are_given_also_where_there_is_no_experiment(ten_pairs, lab):
     for found in (lab, WHY):
         assert [len(one) for one in steering.test_prompts(ten_pairs, found, 3).values()] == [3, 3]
+
+
+def test_the_tries_hold_what_the_laws_are_fitted_from_and_practice_where_there_are_none(lab, capsys):
+    tries, library = steering.adasteer_tries(lab)
+    assert "practice" not in capsys.readouterr().out and set(tries.strength) == {0.0, 0.25, 0.5, 1.0, 2.0}
+    assert tries.groupby(["law", "kind"], sort=False).ngroups == 3
+    _, slopes = steering.adasteer_laws(lab)
+    fitted = slopes[["slope", "at position 0"]].to_numpy().ravel()
+    assert library.to_numpy() == pytest.approx(fitted, abs=0.006)
+    practice, simple = steering.adasteer_tries(WHY)
+    assert f"for practice only: {WHY}" in capsys.readouterr().out and list(practice.columns) == list(tries.columns)
+    assert practice.refused[practice.kind == "harmful"].all() and simple.to_dict()["b_c"] == tries.strength.max()
+
+
+def test_a_request_is_shown_at_the_chosen_and_at_another_strength(lab):
+    defined, _ = comparison.build_methods(lab.fit, comparison.builders(lab.subject.n_layers), [FIXED])
+    on = budget.evaluation_prompts(lab, "test", 2)
+    weak = {FIXED: replace(defined[FIXED], strength=0.0)}
+    made = Trial(on, on, defined, {}, weak, {}, lab.prompts, {}, {})
+    table = steering.before_and_after(made, "", 3.0)
+    assert list(table.columns) == ["P(refusal) at chosen", "P(refusal) at 3", "answer at 3", "first word"]
+    assert table.loc[FIXED, "P(refusal) at chosen"] == table.loc["unsteered", "P(refusal) at chosen"]
+    first = lab.prompts[lab.prompts.kind == "harmful"].iloc[:1]
+    (strong,) = lab.first_tokens(first, [replace(defined[FIXED], strength=3.0)])
+    assert table.loc[FIXED, "P(refusal) at 3"] == pytest.approx(strong.p_refuse.iloc[0], abs=0.006)
+    assert table.loc["unsteered", "P(refusal) at 3"] == pytest.approx(first.p_refuse.iloc[0], abs=0.006)
 
 
 def test_what_is_not_defined_goes_through_with_its_reason(ten_pairs, tmp_path, monkeypatch):
