@@ -25,7 +25,7 @@ from companion.mediation.summaries import VARIANTS, averaged, primary, select, s
 
 __all__ = ["Layers", "centroids", "computed_effects", "cumulative", "deepest_early_layer", "measure_layers",
            "measure_relatives", "passed_and_computed", "primary", "read_and_carried", "shares_by_treatment",
-           "signed_contrast", "write_evidence"]  # fmt: skip
+           "write_evidence"]  # fmt: skip
 
 
 def measure_layers(study: Study) -> Layers:

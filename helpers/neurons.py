@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from itertools import takewhile
+from operator import eq
 
 import numpy as np
 import pandas as pd
@@ -160,17 +161,10 @@ def settled(made: Mapping[str, PairEffects], study: Study) -> pd.DataFrame | Not
 
 def _choice(pair: Pair) -> str:
     """Between what a behaviour chooses, in the words in which a pair's prompts differ; empty where these are hidden."""
-    control, treated = (shown(pair, side).split() for side in ("control", "treated"))
-    start = _alike(control, treated)
-    ends = control[start:], treated[start:]
-    behind = _alike(ends[0][::-1], ends[1][::-1])
-    words = [" ".join(end[: len(end) - behind]).strip(".,?!") for end in ends]
-    return "" if pair.sensitive else f'"{words[0]}" or "{words[1]}"'
-
-
-def _alike(one: list[str], other: list[str]) -> int:
-    """How many words two texts begin with alike."""
-    return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(one, other, strict=False)))
+    sides = [shown(pair, side).split() for side in ("control", "treated")]
+    start, end = (sum(takewhile(bool, map(eq, *both))) for both in (sides, [side[::-1] for side in sides]))
+    one, other = (" ".join(side[start : len(side) - end]).strip(".,?!") for side in sides)
+    return "" if pair.sensitive else f'"{one}" or "{other}"'
 
 
 def moran(found: Neurons) -> pd.DataFrame | NotDefined:

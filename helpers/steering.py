@@ -159,7 +159,7 @@ def same_budget(made: Trial | NotDefined) -> tuple[SameBudget | NotDefined, pd.D
     return same, evidence.falls_of_log_odds(same, made.test)
 
 
-def write_evidence(made: Trial | NotDefined, same: SameBudget | NotDefined, lab: Lab, slug: str) -> pd.DataFrame:
+def write_evidence(made: Trial | NotDefined, same: SameBudget | NotDefined, slug: str) -> pd.DataFrame:
     """Write `06_evidence.csv`, the rows that the verdicts on C6 read.
 
     Refits on other draws of topics, and indirect effects in the steered model, are measured here.

@@ -246,7 +246,7 @@ def test_a_request_is_shown_at_the_chosen_and_at_another_strength(lab):
     defined, _ = comparison.build_methods(lab.fit, comparison.builders(lab.subject.n_layers), [FIXED])
     on = budget.evaluation_prompts(lab, "test", 2)
     weak = {FIXED: replace(defined[FIXED], strength=0.0)}
-    made = Trial(on, on, defined, {}, weak, {}, lab.prompts, {}, {})
+    made = Trial(on, on, defined, {}, weak, {}, lab.prompts, {}, {}, {})
     table = steering.before_and_after(made, "", 3.0)
     assert list(table.columns) == ["P(refusal) at chosen", "P(refusal) at 3", "answer at 3", "first word"]
     assert table.loc[FIXED, "P(refusal) at chosen"] == table.loc["unsteered", "P(refusal) at chosen"]
@@ -263,7 +263,7 @@ def test_what_is_not_defined_goes_through_with_its_reason(ten_pairs, tmp_path, m
     found = [made, same, falls, *steering.adasteer_laws(WHY), steering.paired_differences(made)]
     found += [steering.summary(made, "m"), steering.harm_at_equal_cost(made), steering.before_and_after(made, "x")]
     assert all(one == WHY for one in found)
-    steering.write_evidence(made, same, WHY, "m")
+    steering.write_evidence(made, same, "m")
     (row,) = pd.read_csv(tmp_path / "m" / "06_evidence.csv").itertuples()
     assert (row.quantity, row.note) == ("not defined", WHY.reason)
     assert not (tmp_path / "m" / "06_summary.csv").exists()
