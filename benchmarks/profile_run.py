@@ -30,6 +30,7 @@ KINDS = {
     "replay above a patch": ("model.replay.sweep", "model.replay.interchange", "model.interventions"),
     "read-out, vocabulary": ("model.readout", "mediation.outcomes"),
     "single neurons": ("neurons", "model.replay.each_neuron"),
+    "steered prompts": ("generation.forward", "generation.outcomes", "generation.hooks"),
     "decoding answers": ("generation", "mediation.outcomes.opened_with"),
     "steering fits": ("steering",),
     "bootstrap, statistics": ("stats", "mediation.summaries", "evidence", "claims", "calibration"),

@@ -6,7 +6,6 @@ What cannot be computed for a model or a prompt set is a `NotDefined`, decided h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -22,12 +21,12 @@ from companion.base.paths import results_dir
 from companion.evidence import steering as evidence
 from companion.evidence.steering import SameBudget
 from companion.generation import labels, outcomes
-from companion.generation.hooks import PLAIN, Edit, Steering
+from companion.generation.hooks import Edit, Steering
 from companion.mediation.study import Study
-from companion.steering import adasteer, budget, comparison, experiment, extraction, methods, trial
+from companion.steering import adasteer, comparison, experiment, extraction, methods, trial
 from companion.steering.comparison import DECISIVE
 from companion.steering.experiment import SteeringExperiment
-from companion.steering.trial import Trial, harm_at_equal_cost, paired_differences
+from companion.steering.trial import Trial, before_and_after, harm_at_equal_cost, paired_differences
 
 __all__ = ["Lab", "adasteer_laws", "adasteer_tries", "before_and_after", "harm_at_equal_cost", "label_prompts",
            "paired_differences", "rejection_directions", "requests", "run_trial", "same_budget", "steered_outcomes", "summary",
@@ -176,24 +175,3 @@ def write_evidence(made: Trial | NotDefined, same: SameBudget | NotDefined, slug
     table = pd.DataFrame(rows, columns=list(EVIDENCE)).assign(model=slug)
     write_table(table, results_dir(slug) / "06_evidence.csv")
     return table.set_index(["quantity", "variant"])[["estimate", "ci_low", "ci_high", "n_pairs", "note"]].round(2)
-
-
-def before_and_after(made: Trial | NotDefined, text: str, strength: float = 1.0) -> pd.DataFrame | NotDefined:
-    """A request under no steering and two methods: P(refusal) at their chosen strengths and at `strength`, and there the
-    label and first word of the greedy answer. No more of it is kept.
-
-    An empty text stands for the first jailbroken test prompt.
-    """
-    if isinstance(made, NotDefined):
-        return made
-    text = text or str(made.plain.text[made.plain.kind == "harmful"].iloc[0])
-    other = {name: budget.scaled(one, strength) for name, one in made.defined.items()}
-    table = trial.before_and_after(replace(made, chosen=other), text)
-    assert isinstance(table, pd.DataFrame)
-    for place, (name, methods_at) in enumerate({"chosen": made.chosen, f"{strength:g}": other}.items()):
-        tables = [
-            made.experiment.first_tokens(pd.DataFrame({"text": [text]}), [methods_at.get(method, PLAIN)])[0]
-            for method in table.index
-        ]
-        table.insert(place, f"P(refusal) at {name}", [round(float(one.p_refuse.iloc[0]), 2) for one in tables])
-    return table.rename(columns={"answer": f"answer at {strength:g}"})

@@ -168,21 +168,28 @@ def method_summary(trial: Trial) -> pd.DataFrame:
 
 
 @passes_on
-def before_and_after(trial: Trial, text: str) -> pd.DataFrame:
-    """Label and first word of the greedy answer to a request, unsteered and under two methods; no more of it is kept.
+def before_and_after(trial: Trial, text: str, strength: float = 1.0) -> pd.DataFrame:
+    """A request under no steering and two methods: P(refusal) at their chosen strengths and at `strength`, and there the
+    label and first word of the greedy answer. No more of it is kept.
 
     An empty text stands for the first jailbroken test prompt. Without a judge, a label is a refusal by its opening.
     """
     lab = replace(trial.experiment, judge=None, said={})
     text = text or str(trial.plain.text[trial.plain.kind == "harmful"].iloc[0])
     prompts, rows = pd.DataFrame({"text": [text], "kind": "harmful"}), []
-    tried = {name: trial.chosen[name] for name in (FIXED, DECISIVE) if name in trial.chosen}
-    for name, one in ({PLAIN.name: PLAIN} | tried).items():
-        said = experiment.answer(lab, one, prompts, greedy=True)
+    tried = {PLAIN.name: (PLAIN, PLAIN)}
+    for name in (FIXED, DECISIVE):
+        if name in trial.chosen:
+            tried[name] = trial.chosen[name], budget.scaled(trial.defined[name], strength)
+    for name, both in tried.items():
+        chances = (float(lab.first_tokens(prompts, [one])[0].p_refuse.iloc[0]) for one in both)
+        said = experiment.answer(lab, both[1], prompts, greedy=True)
         (label,) = experiment.labelled(lab, said, prompts)
         words = decode.answer_texts(lab.subject, said)[0].split()
-        rows.append((name, SHOWN.get(label, label), words[0] if words else "(nothing)"))
-    return pd.DataFrame(rows, columns=["method", "answer", "first word"]).set_index("method")
+        rows.append((name, *chances, SHOWN.get(label, label), words[0] if words else "(nothing)"))
+    at = f"at {strength:g}"
+    columns = ["method", "P(refusal) at chosen", f"P(refusal) {at}", f"answer {at}", "first word"]
+    return pd.DataFrame(rows, columns=columns).round(2).set_index("method")
 
 
 def label_rates(trial: pd.DataFrame) -> dict[str, float]:

@@ -11,9 +11,7 @@ from companion.base import paths
 from companion.base.display import NotDefined
 from companion.mediation.estimands import measure_effects, mediators, prompt_tokens
 from companion.mediation.study import Study
-from companion.steering import budget, comparison
-from companion.steering.comparison import FIXED, zones
-from companion.steering.trial import Trial
+from companion.steering.comparison import zones
 from helpers import model, modules, neurons, prompts, steering, tokens
 
 # ---- modules ----
@@ -240,20 +238,6 @@ def test_the_tries_hold_what_the_laws_are_fitted_from_and_practice_where_there_a
     practice, simple = steering.adasteer_tries(WHY)
     assert f"for practice only: {WHY}" in capsys.readouterr().out and list(practice.columns) == list(tries.columns)
     assert practice.refused[practice.kind == "harmful"].all() and simple.to_dict()["b_c"] == tries.strength.max()
-
-
-def test_a_request_is_shown_at_the_chosen_and_at_another_strength(lab):
-    defined, _ = comparison.build_methods(lab.fit, comparison.builders(lab.subject.n_layers), [FIXED])
-    on = budget.evaluation_prompts(lab, "test", 2)
-    weak = {FIXED: replace(defined[FIXED], strength=0.0)}
-    made = Trial(on, on, defined, {}, weak, {}, lab.prompts, {}, {}, {})
-    table = steering.before_and_after(made, "", 3.0)
-    assert list(table.columns) == ["P(refusal) at chosen", "P(refusal) at 3", "answer at 3", "first word"]
-    assert table.loc[FIXED, "P(refusal) at chosen"] == table.loc["unsteered", "P(refusal) at chosen"]
-    first = lab.prompts[lab.prompts.kind == "harmful"].iloc[:1]
-    (strong,) = lab.first_tokens(first, [replace(defined[FIXED], strength=3.0)])
-    assert table.loc[FIXED, "P(refusal) at 3"] == pytest.approx(strong.p_refuse.iloc[0], abs=0.006)
-    assert table.loc["unsteered", "P(refusal) at 3"] == pytest.approx(first.p_refuse.iloc[0], abs=0.006)
 
 
 def test_what_is_not_defined_goes_through_with_its_reason(ten_pairs, tmp_path, monkeypatch):

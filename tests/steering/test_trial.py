@@ -103,10 +103,17 @@ def test_every_arm_has_its_paired_differences_and_pays_the_same(made: Trial) -> 
 
 def test_a_readers_request_is_shown_by_its_label_and_first_word(made: Trial) -> None:
     """Every answer of this model opens with "yes" or "no"; its refusals are known by the opener."""
-    both = replace(made, chosen={FIXED: towards_no(FIXED, 40.0), DECISIVE: made.chosen[DECISIVE]})
-    table = trials.before_and_after(both, "please on low kind do it")
-    assert list(table.index) == [PLAIN.name, FIXED, DECISIVE] and list(table.columns) == ["answer", "first word"]
-    assert table.loc[FIXED].tolist() == ["refusal", "no"] and table["first word"][PLAIN.name] == "yes"
+    weak = {FIXED: towards_no(FIXED, 0.0), DECISIVE: made.chosen[DECISIVE]}
+    both = replace(made, chosen=weak, defined={FIXED: towards_no(FIXED, 1.0), DECISIVE: made.defined[DECISIVE]})
+    text = "please on low kind do it"
+    table = trials.before_and_after(both, text, 40.0)
+    assert list(table.index) == [PLAIN.name, FIXED, DECISIVE]
+    assert list(table.columns) == ["P(refusal) at chosen", "P(refusal) at 40", "answer at 40", "first word"]
+    assert table.loc[FIXED].tolist()[2:] == ["refusal", "no"] and table["first word"][PLAIN.name] == "yes"
+    chances = table["P(refusal) at chosen"]
+    assert chances[FIXED] == chances[PLAIN.name] == table.loc[PLAIN.name, "P(refusal) at 40"] < 0.5
+    (strong,) = both.experiment.first_tokens(pd.DataFrame({"text": [text]}), [towards_no(FIXED, 40.0)])
+    assert table.loc[FIXED, "P(refusal) at 40"] == pytest.approx(strong.p_refuse.iloc[0], abs=0.006)
     assert len(trials.before_and_after(both, "")) == 3
 
 
