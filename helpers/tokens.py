@@ -25,8 +25,9 @@ from companion.mediation.estimands import run_clean
 from companion.mediation.mechanisms import shares_by_layer
 from companion.mediation.study import Study
 from companion.mediation.summaries import primary, signed_contrast
-from companion.mediation.tokens import PAIRS, TREATMENTS, group_shares, token_effects
+from companion.mediation.tokens import PAIRS, group_shares
 from companion.mediation.tokens import position_effects as map_of_pair
+from companion.mediation.tokens import token_effects as measure_groups
 from companion.prompts.tokens import TokenPair
 
 __all__ = ["STEPS", "end_tokens", "hand_over", "label", "map_of_pair", "measure_groups", "measure_paths",
@@ -39,15 +40,6 @@ STEPS = outcomes.STEPS  # tokens of an answer
 def tested_pairs(study: Study, n: int | None = None) -> list[TokenPair]:
     """The first `n` (by default all) test pairs of the main treatment, among those that `measure_groups` measures."""
     return [pair for pair in study.thinned(PAIRS).of(study.main_treatment) if pair.pair.split == "test"][:n]
-
-
-def measure_groups(study: Study) -> pd.DataFrame:
-    """Effects of the residual stream of each group of tokens, layer by layer, on test pairs of T1, T2 and T2b.
-
-    One row a pair, group (column `position`) and layer, nie0 and nie1 in log-odds. A set without these gives its first
-    treatment.
-    """
-    return token_effects(study, [name for name in TREATMENTS if study.of(name)] or study.treatments[:1])
 
 
 def share_by_group(study: Study, effects: pd.DataFrame, treatments: Sequence[str]) -> pd.DataFrame:

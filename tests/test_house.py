@@ -89,7 +89,7 @@ def test_the_face_imports_the_library_and_never_the_reverse() -> None:
 def test_the_face_is_thin() -> None:
     face = [path for path in MODULES if path.parts[0] == "helpers"]
     public = [node.name for path in face for node in functions(MODULES[path]) if node.name[0] != "_"]
-    assert len(face) <= 10 and sum(map(lines, face)) <= 1_405 and len(public) <= 80
+    assert len(face) <= 10 and sum(map(lines, face)) <= 1_400 and len(public) <= 80
     assert {path.parent for path in face} == {Path("helpers")}, "the face is flat"
 
 
@@ -179,8 +179,8 @@ def test_what_only_reads_tables_needs_no_torch(package: str) -> None:
 
 def test_the_house_is_small() -> None:
     source, tests = list(FILES), [path.relative_to(ROOT) for path in (ROOT / "tests").rglob("*.py")]
-    assert sum(map(lines, source)) < 23_793 and len(source) <= 126  # the aim: 18,000 lines in 110 files
-    assert sum(map(lines, tests)) < 15_524 and len(tests) <= 75  # the aim: 12,000 in 60 files
+    assert sum(map(lines, source)) < 23_787 and len(source) <= 126  # the aim: 18,000 lines in 110 files
+    assert sum(map(lines, tests)) < 15_569 and len(tests) <= 75  # the aim: 12,000 in 60 files
 
 
 def test_what_is_required_is_imported() -> None:

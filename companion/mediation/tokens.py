@@ -70,12 +70,14 @@ def earliest_layers(run: CleanRun, pairs: Sequence[TokenPair]) -> list[int]:
 # ---- effects of groups and of single tokens ----
 
 
-def token_effects(study: Study, treatments: Sequence[str] = TREATMENTS) -> pd.DataFrame:
+def token_effects(study: Study, treatments: Sequence[str] = ()) -> pd.DataFrame:
     """Effects (Y1) of every group's residual stream in both directions, with T2 - T2b behind them, on test pairs.
 
-    At most 80 pairs a treatment, and fewer pairs and layers where each is costly. A pair of another split, which only gives
-    TE its sign, has one row.
+    Of T1, T2 and T2b unless `treatments` says otherwise, and of the first treatment of a set without these. At most 80 pairs a
+    treatment, and fewer pairs and layers where each is costly. A pair of another split, which only gives TE its sign, has one
+    row. Columns of `estimands.tidy`, in log-odds; `position` is the group.
     """
+    treatments = treatments or [name for name in TREATMENTS if study.of(name)] or study.treatments[:1]
     study, tables = study.thinned(PAIRS), []
     groups = estimands.mediators(study.subject, SITES[:1], position_groups(study), _mapped_layers(study))
     for treatment in treatments:

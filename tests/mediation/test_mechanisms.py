@@ -165,7 +165,7 @@ def test_the_map_of_one_pair_has_the_cue_before_the_head_reads_it_and_the_last_t
 
 def test_the_map_holds_test_pairs_alone_and_fewer_layers_where_each_is_costly() -> None:
     this = study.begin("embedded", "embedded", "own", profile="smoke")
-    costly = dataclasses.replace(this, is_costly=True)
+    costly = dataclasses.replace(this, is_costly=True, is_smoke=False)
     whole, few = (tokens.token_effects(one, ["T1", "T2"]) for one in (this, costly))
     is_test = few.split == "test"
     assert set(few.layer[is_test]) == {0, 2, 5} and set(whole.layer[whole.split == "test"]) == set(range(6))
