@@ -104,7 +104,7 @@ def adasteer_laws(lab: Lab) -> tuple[pd.DataFrame | NotDefined, pd.DataFrame | N
 def adasteer_tries(lab: Lab) -> tuple[pd.DataFrame, pd.Series]:
     """What the laws at late layers are fitted from, and the library's fit: `w_r`, `b_r`, `w_c` and `b_c`.
 
-    A row a prompt of validate and strength tried: law ("v_R", "v_H"), kind ("harmful", "other"), position, strength (summed
+    A row a prompt of validate and value tried: law ("v_R", "v_H"), kind ("harmful", "other"), position, coefficient (summed
     over the steered layers, in direction lengths) and refused. Where there are no laws, made-up prompts stand for practice.
     """
     grid, at = np.array(adasteer.GRID), np.zeros(1)
@@ -121,7 +121,7 @@ def adasteer_tries(lab: Lab) -> tuple[pd.DataFrame, pd.Series]:
         parts = [at, at, at + 1], [np.full((len(grid), 1), chance) for chance in (1.0, 1.0, 0.0)]
     tables = [
         pd.DataFrame({"law": law, "kind": kind, "position": np.tile(position, len(grid)),
-                      "strength": np.repeat(grid, len(position)), "refused": chance.ravel() > 0.5})
+                      "coefficient": np.repeat(grid, len(position)), "refused": chance.ravel() > 0.5})
         for law, kind, position, chance in zip(("v_R", "v_H", "v_H"), ("harmful", "harmful", "other"), *parts, strict=True)
     ]  # fmt: skip
     return pd.concat(tables, ignore_index=True), pd.Series(rules, index=["w_r", "b_r", "w_c", "b_c"])

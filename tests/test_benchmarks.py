@@ -76,7 +76,7 @@ def test_a_profile_gives_each_look_to_a_kind_of_work(results: Path, tmp_path: Pa
     profile_run.main(["--model", "embedded", "--profile", "smoke"])
     table = pd.read_csv(results / "profile_embedded-smoke.csv").set_index("kind")
     assert table.seconds["cells by hand"] > 0.4 < table.seconds["loading"] and table.share.sum() == pytest.approx(1)
-    assert "decoding answers" in capsys.readouterr().out
+    assert "steered prompts, answers" in capsys.readouterr().out
 
 
 def test_the_gpu_study_resumes(results, monkeypatch, capsys):

@@ -32,7 +32,7 @@ def laws(table: pd.DataFrame) -> Figure:
         ax.set_xlabel(f"position{ends}")
         if len(here):
             ax.legend(fontsize=8)
-    axes[0, 0].set_ylabel("strength (direction lengths)")
+    axes[0, 0].set_ylabel("coefficient (direction lengths)")
     heading(figure, "Does a prompt's position tell how much steering it needs, and how much it tolerates?")
     return figure
 
@@ -74,7 +74,7 @@ def places(table: pd.DataFrame) -> Figure:
 # fmt: off
 SPECS = (
     spec("06_laws", laws, "C6", {"panel": "str", "group": "str", "x": "float", **ESTIMATE},
-         "Strength that a prompt needs to be refused, and strength that it tolerates, over its position, with the fitted laws"),
+         "Coefficient that a prompt needs to be refused, and the one that it tolerates, over its position, with the fitted laws"),
     spec("06_methods", style.dots, "C6", {"method": "str", "measure": "str", **ESTIMATE},
          "Change in harmful answers, in refusals of borderline prompts and in right answers to harmless prompts, by "
          "method",

@@ -230,14 +230,14 @@ def test_as_many_prompts_of_either_kind_are_given_also_where_there_is_no_experim
 
 def test_the_tries_hold_what_the_laws_are_fitted_from_and_practice_where_there_are_none(lab, capsys):
     tries, library = steering.adasteer_tries(lab)
-    assert "practice" not in capsys.readouterr().out and set(tries.strength) == {0.0, 0.25, 0.5, 1.0, 2.0}
+    assert "practice" not in capsys.readouterr().out and set(tries.coefficient) == {0.0, 0.25, 0.5, 1.0, 2.0}
     assert tries.groupby(["law", "kind"], sort=False).ngroups == 3
     _, slopes = steering.adasteer_laws(lab)
     fitted = slopes[["slope", "at position 0"]].to_numpy().ravel()
     assert library.to_numpy() == pytest.approx(fitted, abs=0.006)
     practice, simple = steering.adasteer_tries(WHY)
     assert f"for practice only: {WHY}" in capsys.readouterr().out and list(practice.columns) == list(tries.columns)
-    assert practice.refused[practice.kind == "harmful"].all() and simple.to_dict()["b_c"] == tries.strength.max()
+    assert practice.refused[practice.kind == "harmful"].all() and simple.to_dict()["b_c"] == tries.coefficient.max()
 
 
 def test_what_is_not_defined_goes_through_with_its_reason(ten_pairs, tmp_path, monkeypatch):
