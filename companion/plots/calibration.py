@@ -108,7 +108,7 @@ def plants(table: pd.DataFrame) -> Figure:
         ax.set_title(effect)
     axes[0, 0].set_ylabel("trained part")
     figure.colorbar(image, ax=axes[0].tolist(), label="share of what training added", format=PercentFormatter(1.0))
-    heading(figure, "At the last token, does the effect lie where the model was trained (framed)?")
+    heading(figure, "T1, last token: does the effect lie where the model was trained (framed)?")
     return figure
 
 
