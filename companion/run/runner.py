@@ -45,6 +45,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "08": ("02", "03", "04", "04b", "05", "06", "07"),
     "00": ("08",),
 }
+FOR_TWO = 12e9  # bytes of the machine's memory: two notebooks of `smollm2-refuser` at once take up to 8.4 GB, one 4.6
 MADE_FROM = "made_from"  # a run's note of what it was asked to study, and where that lay
 DEFAULTS: dict[str, Any] = {"MODEL": smollm2.REFUSES, "PROMPTS": "english", "SLUG": smollm2.REFUSES}
 DEFAULTS |= {"DEVICE": "cpu", "DTYPE": "float32", "PROFILE": "full", "PAIRS": 0}
@@ -251,9 +252,10 @@ def _files(folder: Path) -> dict[Path, tuple[int, ...]]:
 
 
 def default_jobs(plan: Plan) -> int:
-    """Two notebooks at once for a small model on a processor with two cores: each has one thread."""
+    """Two notebooks at once for a small model on a processor with two cores, each with one thread, and memory for both."""
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 2 if is_small(plan.parameters["MODEL"]) and plan.parameters["DEVICE"] == "cpu" and n_cores > 1 else 1
+    has_room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") > FOR_TWO and n_cores > 1
+    return 2 if is_small(plan.parameters["MODEL"]) and plan.parameters["DEVICE"] == "cpu" and has_room else 1
 
 
 def run_notebooks(plan: Plan, numbers: Sequence[str], made_from: Mapping[str, str | None], jobs: int = 0) -> int:

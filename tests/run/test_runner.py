@@ -135,6 +135,8 @@ def test_two_jobs_are_the_default_for_a_small_model_only(monkeypatch: pytest.Mon
 
     assert (jobs(2), jobs(1), jobs(8, MODEL="/my/model"), jobs(8, DEVICE="cuda")) == (2, 1, 1, 1)
     assert jobs(2, MODEL="smollm2") == 2
+    monkeypatch.setattr(runner.os, "sysconf", lambda name: 8_000_000_000 if name == "SC_PHYS_PAGES" else 1)
+    assert jobs(8) == 1, "two would not fit into the memory"
 
 
 def test_nothing_to_do_takes_under_two_seconds_and_no_package(toy_done: Toy, tmp_path: Path) -> None:
