@@ -28,13 +28,11 @@ def laws(table: pd.DataFrame) -> Figure:
                 lengths = style.interval_lengths(part)
                 ax.errorbar(part.x, part.estimate, yerr=lengths, ms=5, label=str(name), **style.mark(k))
         ax.set_title(str(panel))
-        ends = (
-            " of the prompt: 0 answered, 1 refused" if "v_R" in str(panel) else ": 0 answered harmful, 1 answered other"
-        )
+        ends = " of the prompt: 0 answered, 1 refused" if "v_R" in str(panel) else ": 0 answered harmful, 1 other"
         ax.set_xlabel(f"position{ends}")
         if len(here):
             ax.legend(fontsize=8)
-    axes[0, 0].set_ylabel("λ, summed over layers (direction lengths)")
+    axes[0, 0].set_ylabel("λ (direction lengths)")
     heading(figure, "Does a prompt's position tell how much steering it needs, and how much it tolerates?")
     return figure
 
