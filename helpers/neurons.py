@@ -19,7 +19,7 @@ from torch import Tensor
 from companion.base.display import NotDefined, passes_on
 from companion.base.files import EVIDENCE, write_table
 from companion.base.paths import results_dir
-from companion.claims.registered_rules import FEW
+from companion.base.thresholds import few_neurons
 from companion.evidence import neurons as evidence
 from companion.evidence.neurons import Gates, Neurons, all_curves, measure_gates, measure_neurons
 from companion.mediation.estimands import CELLS, run_clean
@@ -150,7 +150,7 @@ def settled(made: Mapping[str, PairEffects], study: Study) -> pd.DataFrame | Not
 
     `words` says between what a behaviour chooses, `few` how many neurons C5a allows.
     """
-    few, rows = int(max(0.01 * study.subject.d_mlp, FEW)), []
+    few, rows = few_neurons(study.subject.d_mlp), []
     for name, curve in made.items():
         if name != "random order" and (k90 := _k90(curve)):
             harm = {"behaviour": "harm", "words": "refuse or answer"}

@@ -18,7 +18,8 @@ MIN_BENIGN = 5  # benign behaviours that a comparison with harm must have
 SATURATED = 0.02  # probability of either camp below which an outcome cannot move any further
 FLOAT32_BITS = 24  # bits of the significand that a model's numbers must have
 
-# Gating neurons (C5b).
+# Neurons: a sparse set (C5a), and one that gates (C5b).
+FEW = 8  # neurons, in small layers: a sparse set has 1 % of the layer's or this many, whichever is more (`few_neurons`)
 GATE_LOW = 0.6  # gate index whose lower limit at least makes a set a gate
 GATE_HIGH = 0.2  # gate index whose upper limit at most contradicts that it is one
 READOUT = 0.5  # ours: a set that writes this share of its effect into the logits itself is a readout
@@ -41,6 +42,15 @@ NO_WRAPPERS = (  # what every claim on generation reads without T2, wherever it 
     "set templates of your own with --wrappers FILE"
 )
 LINE = "fitted law"  # the group of a table of AdaSteer's laws that is drawn as a line with a band
+
+
+def few_neurons(n_neurons: float) -> int:
+    """How many neurons of a layer are a sparse set, at the most.
+
+    >>> few_neurons(1536), few_neurons(100)
+    (15, 8)
+    """
+    return max(FEW, int(n_neurons / 100))
 
 
 def depth(layer: ArrayLike, n_layers: int) -> np.ndarray:

@@ -142,8 +142,8 @@ def _sparse(rows: Rows) -> str | None:
     of, needed = "the last MLP's effect", f"{_percent(psi)} of the whole effect needs that MLP"
     if k90 is None:
         return f"no set of neurons holds {of}; {needed}"
-    few = max(0.01 * size.estimate, registered.FEW)
-    return f"{k90.estimate:.0f} of {size.estimate:.0f} neurons hold 90 % of {of} ({few:.0f} are allowed); {needed}"
+    few = thresholds.few_neurons(size.estimate)
+    return f"{k90.estimate:.0f} of {size.estimate:.0f} neurons hold 90 % of {of} ({few} are allowed); {needed}"
 
 
 def _gate(rows: Rows) -> str | None:

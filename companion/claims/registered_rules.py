@@ -25,7 +25,6 @@ NO_BENIGN = "no benign behaviour to compare with"
 PROBE, ORDER = "probe above chance on held-out topics", "random order"  # controls
 
 PSI = "psi0 early, shared tokens"
-FEW = 8  # k90 may be 1 % of the layer or this, whichever is more
 PSI_MIDDLE = 0.225  # half way between the two thresholds of psi1
 INDEX_MIDDLE = 0.4  # half way between the two thresholds of the gate index
 SPECIFIC = 0.2  # benign answers changed, as a share of the effect on harmful ones
@@ -178,7 +177,7 @@ def rule_c5a(rows: Rows, for_support: Collection[str] = ()) -> Verdict:
         return Verdict(rows.model, "C5a", "not testable", NO_NEURONS)
     benign = [row.estimate for name, row in rows.of("C5a").items() if name.startswith("k90 B")]
     k90, random = rows.find("C5a", "k90"), rows.find("C5a", "k90", "random order")
-    few, many = max(0.01 * size.estimate, FEW), 0.1 * size.estimate
+    few, many = thresholds.few_neurons(size.estimate), 0.1 * size.estimate
     is_sparse = k90 is not None and k90.estimate <= few and (not benign or k90.estimate < np.median(benign))
     checks = {
         "benign behaviours": "not run" if not benign else "passed" if len(benign) >= MIN_BENIGN else "failed",

@@ -78,11 +78,9 @@ def plain_run(subject: Subject, ids: Int[Tensor, "prompt pos"]) -> CleanRun | No
     key = bytes(str(tuple(ids.shape)), "ascii") + to_host(ids).tobytes()
     if key not in runs:
         runs[key] = clean_run(subject, ids, keep=("resid", "cache"))
-        for held in (*(held for held in _kept.values() if held is not runs), runs):  # another model's runs go first
-            while (
-                held and sum(_size(subject, run.tokens) for all in _kept.values() for run in all.values()) > KEPT_BYTES
-            ):
-                held.popitem(last=False)
+        others_first = sorted(_kept.values(), key=lambda held: held is runs)
+        while sum(_size(subject, run.tokens) for held in others_first for run in held.values()) > KEPT_BYTES:
+            next(filter(None, others_first)).popitem(last=False)
     runs.move_to_end(key)
     return runs[key]
 

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from companion.base.thresholds import BENIGN_SHARE, GATE_LOW, PERPLEXITY, READOUT
+from companion.base.thresholds import BENIGN_SHARE, GATE_LOW, PERPLEXITY, READOUT, few_neurons
 from companion.mediation.estimands import CELLS
 from companion.mediation.study import Study
 from companion.model.architecture import Subject
@@ -31,7 +31,6 @@ from companion.prompts.tokens import Openers
 from companion.stats import bootstrap, clusters
 from companion.stats.bootstrap import interval
 
-FEW = 8  # a sparse set: 1 % of the layer's neurons or this many, whichever is more
 LEAST = 0.2  # share of |TE| that must be at stake for an index to be defined
 LAST, WHOLE = "last", "whole last layer"
 WRAPPER_HARM, HARM_WRAPPER = "gate by wrapper x up by harm", "gate by harm x up by wrapper"
@@ -227,7 +226,7 @@ def sets_of(study: Study, table: pd.DataFrame, treatment: str) -> dict[str, Neur
     Layers of which fewer neurons were measured than a sparse set has are left out.
     """
     d_mlp, last = study.subject.d_mlp, study.subject.n_layers - 1
-    size = min(d_mlp, max(FEW, d_mlp // 100))
+    size = min(d_mlp, few_neurons(d_mlp))
     rows = table[(table.treatment == treatment) & (table.split == "discover")]
     layers = rows.assign(moves=(rows.nie0 != 0) | (rows.nie1 != 0)).groupby("layer")["moves"].agg(["size", "any"])
     found = {}

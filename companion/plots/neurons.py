@@ -7,12 +7,12 @@ import textwrap
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from companion.plots import style
 from companion.plots.style import ESTIMATE, MARKERS, OKABE_ITO, distinct, heading, legend_below, new_figure, spec
 
-WHOLE = FuncFormatter(lambda value, _: f"{value:,.0f}")
+WHOLE = StrMethodFormatter("{x:,.0f}")
 
 
 def strongest(table: pd.DataFrame) -> Figure:

@@ -93,6 +93,9 @@ def test_the_plain_pass_is_made_once_and_forgotten_when_too_many_are_kept(monkey
     other = tiny_subject("llama")
     forward.plain_run(other, first), forward.plain_run(subject, first)
     assert len(made) == 5, "all models share one memory"
+    monkeypatch.setattr(forward, "KEPT_BYTES", 2 * one)
+    forward.plain_run(other, first), forward.plain_run(subject, second), forward.plain_run(subject, first)
+    assert len(made) == 7, "another model's runs go first"
     monkeypatch.setattr(forward, "BATCH_BYTES", one - 1)
     assert forward.plain_run(subject, first) is None
 
