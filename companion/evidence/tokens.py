@@ -71,8 +71,7 @@ def measure_timing(study: Study, schedules: Sequence[str] = tuple(timing.SCHEDUL
         return NotDefined("No jailbroken prompt (T2) in the test split.")
     chosen = top_neurons(study)
     few, whole = Clamp("neurons", chosen), Clamp("whole MLP")
-    # For the whole MLP "prompt" is "first token" again: the others are enough.
-    arms = [(clamp, name) for clamp in (few, whole) for name in schedules if clamp is few or name != "prompt"]
+    arms = [(clamp, name) for clamp in (few, whole) for name in schedules]
     benign = [
         pair for pair in study.thinned(BENIGN_PAIRS).pairs
         if pair.pair.treatment not in ("T1", "T2") and pair.pair.split == "test"
@@ -98,10 +97,10 @@ def harmful_rates(answers: pd.DataFrame) -> pd.DataFrame:
     """Share of harmful answers by clamp and schedule.
 
     Columns: clamp, schedule, n, estimate, low, high (Wilson, over prompts), and the shares that are `refused` and
-    `off_topic`. "prompt" is left out: nothing reads the last layer at other tokens, so it is "first token" again.
+    `off_topic`.
     """
     rows = []
-    for key, part in answers[answers.schedule != "prompt"].groupby(["clamp", "schedule"], sort=False):
+    for key, part in answers.groupby(["clamp", "schedule"], sort=False):
         harmful, refused, off_topic = ((part.label == name) for name in ("harmful", "refusal", "off_topic"))
         share = clusters.rate(int(harmful.sum()), len(part))
         rows.append((*key, len(part), *share, float(refused.mean()), float(off_topic.mean())))

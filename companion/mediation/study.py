@@ -88,8 +88,8 @@ class Study:
 
     @property
     def thinned_layers(self) -> tuple[int, ...]:
-        """All layers, or every third (smoke: sixth) from the last one down where each is costly, for what no verdict rests on."""
-        last, step = self.subject.n_layers - 1, (6 if self.is_smoke else 3) if self.is_costly else 1
+        """All layers, or every third (smoke: tenth) from the last one down where each is costly, for what no verdict rests on."""
+        last, step = self.subject.n_layers - 1, (10 if self.is_smoke else 3) if self.is_costly else 1
         return tuple(range(last % step, last + 1, step))
 
     def subsample(self, n: int) -> Study:

@@ -39,7 +39,6 @@ FORCED_STEPS = 12  # tokens of a teacher-forced answer, its opener included
 # Decisions, counted from the first answer token (0), at which the clamp is on. Decision 0 is made at the prompt's end.
 SCHEDULES: dict[str, Callable[[int], bool]] = {
     "none": lambda step: False,
-    "prompt": lambda step: step == 0,
     "first token": lambda step: step == 0,
     "first five": lambda step: step < 5,
     "all tokens": lambda step: True,
@@ -192,8 +191,8 @@ def control_values(
 def clamped(subject: Subject, arms: Sequence[Arm], controls: Mapping[Clamp, ControlValues]) -> Iterator[None]:
     """The arms during greedy answers: the first call of the model reads the prompt, every later one a token.
 
-    Rows are pairs (in the order of `controls`) times arms, a pair's arms side by side. "prompt" sets every prompt token of
-    the first call, all others its last one only.
+    Rows are pairs (in the order of `controls`) times arms, a pair's arms side by side. Of the prompt only its last token is
+    set: nothing reads the last layer at others.
     """
     with ExitStack() as stack:
         for clamp in dict.fromkeys(clamp for clamp, _ in arms):
@@ -208,16 +207,10 @@ def _edited(
     tensor: Tensor,
 ) -> Tensor | None:  # fmt: skip
     step = next(calls)
-    acting = {i: schedule for i, schedule in schedules.items() if SCHEDULES[schedule](step)}
+    acting = [i for i, schedule in schedules.items() if SCHEDULES[schedule](step)]
     new = tensor.clone()
-    for i, schedule in acting.items():
-        cells = new[i::n_arms]
-        if step:
-            cells[:, -1:, clamp.entries] = control.answer
-        elif schedule == "prompt":
-            cells[..., clamp.entries] = control.prompt
-        else:
-            cells[:, -1:, clamp.entries] = control.prompt[:, -1:]
+    for i in acting:
+        new[i::n_arms][:, -1:, clamp.entries] = control.answer if step else control.prompt[:, -1:]
     return new if acting else None
 
 
@@ -294,17 +287,13 @@ def _batch_answers(
 ) -> tuple[dict[Arm, Answers], dict[Clamp, ControlValues]]:
     """Answers of one batch in every arm, and without a clamp (`PLAIN`); and what the clamps were set to.
 
-    Tokens before the prompt's last one are read once for all arms but "prompt": no other arm acts there.
+    Tokens before the prompt's last one are read once for all arms: none acts there.
     """
     control, treated = estimands.prompt_tokens(subject, group)
     both, n = greedy_answers(subject, torch.cat([control, treated]), steps), len(group)
     free, plain = _chosen(both, slice(n)), _chosen(both, slice(n, None))
     controls = control_values(subject, control, free, list(dict.fromkeys(clamp for clamp, _ in arms)))
     found = dict.fromkeys((PLAIN, *(arm for arm in arms if arm[1] == "none")), plain)
-    for arm in arms:
-        if arm[1] == "prompt":
-            with clamped(subject, [arm], controls):
-                found[arm] = greedy_answers(subject, treated, steps)
     rest = [arm for arm in arms if arm not in found]
     at_once = max(1, rows_at_once(subject, treated.shape[1] + steps) // n)
     for start in range(0, len(rest), at_once):

@@ -99,10 +99,8 @@ def test_twins_of_a_refusal_take_its_control() -> None:
     assert made.pair.control == harmful.pair.control and (made.control == harmful.control).all()
 
 
-def test_rates_leave_out_the_schedule_that_is_the_first_token_again() -> None:
-    answers = planted(0.5, 1.0)
-    twice = pd.concat([answers, answers[answers.schedule == "first token"].assign(schedule="prompt")])
-    found = tokens.harmful_rates(twice).set_index("schedule")
+def test_rates_of_harmful_answers_come_with_intervals() -> None:
+    found = tokens.harmful_rates(planted(0.5, 1.0)).set_index("schedule")
     assert found.estimate.to_dict() == {"none": 1, "first token": 0.5, "first five": 0.5, "all tokens": 0}
     assert (
         (found.n == 60).all() and (found.estimate + found.refused + found.off_topic == 1).all() and found.refused.any()

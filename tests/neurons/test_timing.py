@@ -101,7 +101,7 @@ def test_closing_the_gate_at_the_first_token_turns_every_answer_into_a_refusal(t
     assert (made.label == np.where(is_open, "harmful", "refusal")).all()
 
 
-AT = {"none": [], "prompt": [0], "first token": [0], "first five": range(5), "all tokens": range(6)}
+AT = {"none": [], "first token": [0], "first five": range(5), "all tokens": range(6)}
 AT["all but the first"] = range(1, 6)
 
 
@@ -122,7 +122,7 @@ def test_each_schedule_acts_at_its_own_steps_with_its_own_values(this: Study, sc
         expected = 77.0 if step else 100.0 + n_pos - 1
         assert (float(inputs[0, -1, GATE_NEURON]) == expected) == (step in AT[schedule])
     whole = seen[0][0, :, GATE_NEURON] == other.prompt[0, :, 0]
-    assert int(whole.sum()) == {"prompt": n_pos, "none": 0, "all but the first": 0}.get(schedule, 1)
+    assert int(whole.sum()) == {"none": 0, "all but the first": 0}.get(schedule, 1)
 
 
 def test_control_values_are_those_of_the_control_run_and_its_answer(this: Study) -> None:
