@@ -6,6 +6,7 @@ What cannot be computed for a model or a prompt set is a `NotDefined`, decided h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from companion.base.device import to_host
-from companion.base.display import NotDefined
+from companion.base.display import NotDefined, passes_on
 from companion.base.errors import InputError
 from companion.base.files import EVIDENCE, write_table
 from companion.base.paths import results_dir
@@ -28,7 +29,7 @@ from companion.steering.comparison import DECISIVE
 from companion.steering.experiment import SteeringExperiment
 from companion.steering.trial import Trial, before_and_after, harm_at_equal_cost, paired_differences
 
-__all__ = ["Lab", "adasteer_laws", "adasteer_tries", "before_and_after", "harm_at_equal_cost", "label_prompts",
+__all__ = ["Lab", "adasteer_laws", "adasteer_refusal", "adasteer_tries", "before_and_after", "harm_at_equal_cost", "label_prompts",
            "paired_differences", "rejection_directions", "requests", "run_trial", "same_budget", "steered_outcomes", "summary",
            "test_prompts", "write_evidence"]  # fmt: skip
 
@@ -41,20 +42,20 @@ def label_prompts(study: Study, prompt_set: str, profile: str = "full") -> Lab:
 
 
 def requests(study: Study, lab: Lab) -> pd.DataFrame:
-    """Requests of discover with the columns `text` and `refused`, among others: what a rejection direction is fitted on.
+    """Requests of discover with the columns `text`, `kind` and `refused`, among others: what directions are fitted on.
 
     Where the model refused none, or all, the half that it came nearest to refusing stands for the refused ones, and a line
     says so: the steps by hand can then be taken, but mean nothing.
     """
     if isinstance(lab, SteeringExperiment) and not lab.fit.missing:
-        table = lab.fit.prompts
-        return table[(table.split == "discover") & (table.kind == "harmful")].reset_index(drop=True)
+        return lab.fit.prompts[lab.fit.mask("discover")].reset_index(drop=True)
     print("for practice only:", lab.fit.missing if isinstance(lab, SteeringExperiment) else lab)
     pairs = study.of(study.main_treatment)[:10]
     texts = list(dict.fromkeys(text for one in pairs for text in (one.pair.control, one.pair.treated)))
     odds = outcomes.log_odds(study.subject, texts, study.openers[study.main_treatment]).log_odds
     table = pd.DataFrame({"id": texts, "text": texts, "kind": "harmful", "split": "discover"})
-    return table.assign(refused=odds.rank(method="first") <= len(texts) / 2)
+    table["refused"] = odds.rank(method="first") <= len(texts) / 2
+    return pd.concat([table, table[~table.refused].assign(kind="harmless")], ignore_index=True)
 
 
 def rejection_directions(study: Study, lab: Lab, asked: pd.DataFrame) -> Float[Tensor, "late d"]:
@@ -102,7 +103,8 @@ def adasteer_laws(lab: Lab) -> tuple[pd.DataFrame | NotDefined, pd.DataFrame | N
 
 
 def adasteer_tries(lab: Lab) -> tuple[pd.DataFrame, pd.Series]:
-    """What the laws at late layers are fitted from, and the library's fit: `w_r`, `b_r`, `w_c` and `b_c`.
+    """What the laws at late layers are fitted from, and the library's fit: `w_r`, `b_r`, `w_c`, `b_c` and the layers `read_r`
+    and `read_c` at which places are read.
 
     A row a prompt of validate and value tried: law ("v_R", "v_H"), kind ("harmful", "other"), position, coefficient (summed
     over the steered layers, in direction lengths) and refused. Where there are no laws, made-up prompts stand for practice.
@@ -113,18 +115,29 @@ def adasteer_tries(lab: Lab) -> tuple[pd.DataFrame, pd.Series]:
             raise InputError(str(lab))
         late = comparison.zones(lab.subject.n_layers)["late"]
         laws, tried = adasteer.laws_of(lab.fit, tuple(late))
-        rules = [len(late) * value for law in laws for value in (law.rule.slope, law.rule.offset)]
+        rules = [value for law in laws for value in (len(late) * law.rule.slope, len(late) * law.rule.offset, law.layer)]
         parts = [tried.pos_r, *tried.pos_h], [tried.needs, tried.harmful, tried.other]
     except InputError as error:
         print("for practice only:", error)
-        rules = [0.0, 0.0, 0.0, grid[-1]]  # where harmful prompts are always refused and others never
+        rules = [0.0, 0.0, 0, 0.0, grid[-1], 0]  # where harmful prompts are always refused and others never
         parts = [at, at, at + 1], [np.full((len(grid), 1), chance) for chance in (1.0, 1.0, 0.0)]
     tables = [
         pd.DataFrame({"law": law, "kind": kind, "position": np.tile(position, len(grid)),
                       "coefficient": np.repeat(grid, len(position)), "refused": chance.ravel() > 0.5})
         for law, kind, position, chance in zip(("v_R", "v_H", "v_H"), ("harmful", "harmful", "other"), *parts, strict=True)
     ]  # fmt: skip
-    return pd.concat(tables, ignore_index=True), pd.Series(rules, index=["w_r", "b_r", "w_c", "b_c"])
+    return pd.concat(tables, ignore_index=True), pd.Series(rules, index=["w_r", "b_r", "read_r", "w_c", "b_c", "read_c"])
+
+
+@passes_on
+def adasteer_refusal(lab: SteeringExperiment, text: str, strength: float) -> float | NotDefined:
+    """The library's P(refusal) of a request under AdaSteer at late layers."""
+    try:
+        method = adasteer.adasteer(lab.fit, layers=comparison.zones(lab.subject.n_layers)["late"])
+    except InputError as error:
+        return NotDefined(str(error))
+    steered = [replace(method, strength=strength)]
+    return float(outcomes.log_odds_each(lab.subject, [text], lab.openers, steered)[0].p_refuse.iloc[0])
 
 
 def run_trial(lab: Lab) -> Trial | NotDefined:
@@ -132,7 +145,8 @@ def run_trial(lab: Lab) -> Trial | NotDefined:
     if isinstance(lab, NotDefined):
         return lab
     made = trial.run_trial(lab)
-    print(f"{len(made.plain)} prompts; arms: {', '.join(made.answers)}")
+    kinds = (f"{n} {kind}" for kind, n in made.plain.kind.value_counts(sort=False).items())
+    print(f"prompts: {', '.join(kinds)}; arms: {', '.join(made.answers)}")
     for name, reason in made.undefined.items():
         print(f"not defined: {name}: {reason}")
     return made

@@ -211,12 +211,14 @@ def residuals(study: Study, text: str) -> torch.Tensor:
 
 def test_directions_by_hand_are_the_librarys_also_where_there_are_none(ten_pairs, lab, capsys):
     asked = steering.requests(ten_pairs, lab)
-    assert not capsys.readouterr().out and set(asked.columns) >= {"text", "refused"}
+    assert not capsys.readouterr().out and set(asked.columns) >= {"text", "kind", "refused"}
     practice = steering.requests(ten_pairs, WHY)
-    assert "for practice only: the prompt set has no" in capsys.readouterr().out and practice.refused.mean() == 0.5
+    assert "for practice only: the prompt set has no" in capsys.readouterr().out
     for table, found in ((asked, lab), (practice, WHY)):
+        harmful = table[table.kind == "harmful"]
+        assert (~table.refused[table.kind != "harmful"]).any() and 0 < harmful.refused.mean() < 1
         means = [
-            torch.stack([residuals(ten_pairs, text) for text in table.text[table.refused == is_refused]]).mean(0)
+            torch.stack([residuals(ten_pairs, text) for text in harmful.text[harmful.refused == is_refused]]).mean(0)
             for is_refused in (True, False)
         ]
         library = steering.rejection_directions(ten_pairs, found, table)
@@ -233,7 +235,7 @@ def test_the_tries_hold_what_the_laws_are_fitted_from_and_practice_where_there_a
     assert "practice" not in capsys.readouterr().out and set(tries.coefficient) == {0.0, 0.25, 0.5, 1.0, 2.0}
     assert tries.groupby(["law", "kind"], sort=False).ngroups == 3
     _, slopes = steering.adasteer_laws(lab)
-    fitted = slopes[["slope", "at position 0"]].to_numpy().ravel()
+    fitted = slopes[["slope", "at position 0", "read at layer"]].to_numpy().ravel()
     assert library.to_numpy() == pytest.approx(fitted, abs=0.006)
     practice, simple = steering.adasteer_tries(WHY)
     assert f"for practice only: {WHY}" in capsys.readouterr().out and list(practice.columns) == list(tries.columns)
