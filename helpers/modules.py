@@ -28,7 +28,7 @@ __all__ = ["attention_by_group", "attention_of_heads", "carrying_heads", "eager_
            "write_module_evidence"]  # fmt: skip
 
 Heads = Sequence[tuple[int, int]]
-SHOWN = {"main": "raw", "per patch norm": "per patch norm", "per parameter": "per parameter",
+SHOWN = {"main": "raw", "per patch norm": "per length of the patch", "per parameter": "per parameter",
          "sufficiency": "enough (NIE0 alone)", "necessity": "needed (NIE1 alone)"}  # fmt: skip
 
 
