@@ -93,16 +93,16 @@ def joint_effects(
 
 
 @passes_on
-def curve_table(made: Mapping[str, PairEffects]) -> pd.DataFrame | NotDefined:
+def curve_table(made: Mapping[str, PairEffects], of: str) -> pd.DataFrame | NotDefined:
     """Ranked and random order as shares of the whole layer's effect, with intervals over topics: series, k, estimate, ...
 
-    `k90` is that of the series, NaN where no k settles.
+    `k90` is that of the series, NaN where no k settles; `of` names the treatment.
     """
     names = {"main": "largest first", "random order": "random order"}
     curves = {label: (sets.curve_shares(made[name]), _k90(made[name])) for name, label in names.items()}
     table = pd.concat([shares.assign(series=label, k90=k90.get("estimate")) for label, (shares, k90) in curves.items()])
     return (
-        table.astype({"k90": float})
+        table.astype({"k90": float}).assign(of=of)
         if len(table)
         else NotDefined("The last MLP as a whole works against the treatment: no share of it is defined.")
     )
