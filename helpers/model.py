@@ -32,15 +32,14 @@ __all__ = ["Study", "begin", "check", "component_map", "describe_precision", "ed
 KEPT = {"02_layers": EFFECTS, "04_neurons": {"model": "str"}}
 
 
-def write_facts(study: Study) -> pd.DataFrame:
-    """Write what the load check found of the model to `results/SLUG/model_facts.json`, and return it as a table.
+def write_facts(study: Study) -> None:
+    """Write what the load check found of the model to `results/SLUG/model_facts.json`.
 
     Later steps and the run's manifest read that file: layers, heads, attention windows, chat template, rounding noise.
     """
     facts = study.subject.facts
     assert facts is not None  # `begin` checks a model
     write_json(facts.manifest(), results_dir(study.slug) / "model_facts.json")
-    return facts.table()
 
 
 def example_pair(study: Study) -> TokenPair:

@@ -17,7 +17,7 @@ from companion.base.paths import results_dir
 from companion.evidence.layers import evidence_c2
 from companion.mediation.estimands import prompt_tokens, user_header, with_difference
 from companion.mediation.study import Study, control_study, normalisations, other_shipped
-from companion.mediation.summaries import cell_means, share_of_te, signed_contrast
+from companion.mediation.summaries import cell_means, primary, share_of_te, signed_contrast
 from companion.mediation.sweeps import DIRECT_SITES, run_sweep
 from companion.model.activations import eager_attention
 from companion.prompts.positions import groups, token_labels
@@ -28,7 +28,7 @@ __all__ = ["attention_by_group", "attention_of_heads", "carrying_heads", "eager_
            "write_module_evidence"]  # fmt: skip
 
 Heads = Sequence[tuple[int, int]]
-SHOWN = {"main": "raw", "per patch norm": "per patch norm", "per parameter": "per parameter",
+SHOWN = {"main": "raw", "per patch norm": "per length of the patch", "per parameter": "per parameter",
          "sufficiency": "enough (NIE0 alone)", "necessity": "needed (NIE1 alone)"}  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def passing_and_writing(totals: pd.DataFrame, modules: pd.DataFrame) -> pd.DataF
         "indirect": signed_contrast(totals),
         "direct": signed_contrast(modules, None, DIRECT_SITES, outcome="contrast.frozen"),
     }
-    return pd.concat([share_of_te(part).assign(effect=name) for name, part in parts.items()])
+    return pd.concat([share_of_te(part).assign(effect=name, of=primary(totals)) for name, part in parts.items()])
 
 
 def mlp_shares(study: Study, totals: pd.DataFrame, modules: pd.DataFrame) -> pd.DataFrame | NotDefined:

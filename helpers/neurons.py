@@ -14,7 +14,6 @@ from operator import eq
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
-from torch import Tensor
 
 from companion.base.display import NotDefined, passes_on
 from companion.base.files import EVIDENCE, write_table
@@ -28,7 +27,7 @@ from companion.mediation.summaries import cell_means
 from companion.model.activations import on_input as edit_input
 from companion.model.architecture import written_vectors
 from companion.model.readout import norm_gain
-from companion.neurons import adjacency, clamping, gating, screening, sets, single
+from companion.neurons import adjacency, clamping, gating, sets, single
 from companion.neurons.adjacency import morans_i
 from companion.neurons.gating import gate_tests
 from companion.neurons.single import PairEffects
@@ -36,8 +35,8 @@ from companion.prompts.pairs import Pair, shown
 from companion.prompts.tokens import TokenPair
 
 __all__ = ["all_curves", "common_words", "curve_table", "edit_input", "fires_on", "four_cells", "gate_and_up", "gate_cells",
-           "gate_tests", "gradient_estimates", "indices", "joint_effects", "measure_gates", "measure_neurons", "moran",
-           "morans_i", "norm_gain", "screen_quality", "settled", "strongest", "write_evidence",
+           "gate_tests", "indices", "joint_effects", "measure_gates", "measure_neurons", "moran",
+           "morans_i", "norm_gain", "settled", "strongest", "write_evidence",
            "write_gate_evidence", "written_vectors"]  # fmt: skip
 
 KINDS = {("T2b", 0): "harmless, neutral wrapper", ("T2b", 1): "harmless, jailbreak wrapper",
@@ -85,34 +84,6 @@ def fires_on(found: Neurons, members: Int[np.ndarray, "neuron"]) -> pd.DataFrame
     return pd.concat(parts, ignore_index=True)
 
 
-def gradient_estimates(study: Study, pair: TokenPair) -> Float[Tensor, "layer neuron"]:
-    """The gradient's estimate of every neuron's NIE0 at the last token of one pair, in log-odds."""
-    batch = run_clean(study.subject, [pair])
-    y1 = partial(screening.log_odds, study.subject, study.openers[pair.pair.treatment])
-    return screening.attribution(study.subject, batch.control, batch.treated, y1)[0]
-
-
-def screen_quality(study: Study, found: Neurons) -> pd.DataFrame | NotDefined:
-    """How far gradients found what exact patches find, on discover: rank correlation of sizes, and recall of the largest.
-
-    By layer where every neuron was measured exactly; else of all lower layers together, on the neurons that were rechecked.
-    """
-    if found.screen is not None:
-        return pd.DataFrame(
-            {"layers": ["below the last"], "rank correlation": found.screen.correlation, "recall": found.screen.recall}
-        )
-    exact = single.in_split(found.measured.effects[found.primary], "discover")
-    few = study.subsample(60)
-    used = exact.pairs.pair_id.isin({one.pair.id for one in few.pairs}).to_numpy()
-    both = exact.columns.assign(exact=exact.nie[used].mean(0)).merge(screening.estimates(few, found.primary))
-    rows = []
-    for layer, part in both[both.exact != 0].groupby("layer"):
-        best = [set(part[name].abs().nlargest(20).index) for name in ("exact", "estimate")]
-        correlation = part[["exact", "estimate"]].abs().corr("spearman").iloc[0, 1]
-        rows.append({"layers": layer, "rank correlation": correlation, "recall": len(best[0] & best[1]) / len(best[0])})
-    return pd.DataFrame(rows) if rows else evidence.NOTHING
-
-
 def joint_effects(
     found: Neurons, treatment: str, order: Int[np.ndarray, "neuron"], sizes: Int[np.ndarray, "size"]
 ) -> Float[np.ndarray, "pair size"]:
@@ -122,16 +93,16 @@ def joint_effects(
 
 
 @passes_on
-def curve_table(made: Mapping[str, PairEffects]) -> pd.DataFrame | NotDefined:
+def curve_table(made: Mapping[str, PairEffects], of: str) -> pd.DataFrame | NotDefined:
     """Ranked and random order as shares of the whole layer's effect, with intervals over topics: series, k, estimate, ...
 
-    `k90` is that of the series, NaN where no k settles.
+    `k90` is that of the series, NaN where no k settles; `of` names the treatment.
     """
     names = {"main": "largest first", "random order": "random order"}
     curves = {label: (sets.curve_shares(made[name]), _k90(made[name])) for name, label in names.items()}
     table = pd.concat([shares.assign(series=label, k90=k90.get("estimate")) for label, (shares, k90) in curves.items()])
     return (
-        table.astype({"k90": float})
+        table.astype({"k90": float}).assign(of=of)
         if len(table)
         else NotDefined("The last MLP as a whole works against the treatment: no share of it is defined.")
     )

@@ -48,7 +48,8 @@ OF_EFFECT = (100, 0, "% of the effect")
 UNITS = {  # of the number that a verdict shows, by quantity: factor, decimals, unit
     COMPUTED: (100, 0, "% of what is computed"), "late share": OF_EFFECT,
     "MLP share of direct effects": (100, 1, "% of direct effects"), "MLP share of NIE": (100, 0, "% of indirect effects"),
-    registered.PSI: OF_EFFECT, MLP_SHARE: OF_EFFECT, MLP_SHARE_WITH_OWN: OF_EFFECT, "psi1": OF_EFFECT, "k90": (1, 0, "neurons"),
+    registered.PSI: OF_EFFECT, MLP_SHARE: OF_EFFECT, MLP_SHARE_WITH_OWN: OF_EFFECT,
+    "psi1": (100, 0, "% of the effect needs the last MLP"), "k90": (1, 0, "neurons"),
     KEPT_BY_FIRST_TOKEN: OF_EFFECT, "harm change": (1, 1, "points of judged harm"),
     "harmless loss": (1, 1, "points of harmless answers"), "over-refusal": (1, 1, "points of over-refusal"),
     "KL": (1, 3, "nats a token (KL)"), "perplexity ratio": (1, 3, "times the perplexity"),
@@ -56,13 +57,6 @@ UNITS = {  # of the number that a verdict shows, by quantity: factor, decimals, 
     "advantage over mid": (1, 1, "points of lead over middle layers"),
     "gate index": (1, 2, "gate index"), "gate index, form": (1, 2, "gate index"), "Moran's I": (1, 2, "Moran's I"),
 }  # fmt: skip
-
-
-def shown_number(verdict: Verdict) -> str:
-    """The number that a verdict shows, as in a cell of the picture; "" where there is none."""
-    value, _, rest = key_number(verdict).partition(" [")
-    unit = rest.partition("] ")[2].partition(" ")[0]
-    return f"{value} {unit}" if unit in ("%", "neurons", "points") else value
 
 
 def key_number(verdict: Verdict) -> str:
@@ -320,9 +314,7 @@ def picture_table(own: str, given: Sequence[Answer]) -> pd.DataFrame:
     A model other than `own` has no row if fewer than half of the claims could be asked of it.
     """
     rows = [
-        (v.model, v.claim, NAMES[v.claim], one.says, shown_number(v), one.grade)
-        for one in given
-        for v in (one.verdict,)
+        (v.model, v.claim, NAMES[v.claim], one.says, key_number(v), one.grade) for one in given for v in (one.verdict,)
     ]
     table = pd.DataFrame(rows, columns=["model", "claim", "name", "answer", "number", "grade"])
     n_asked = table.model.map(table[table.answer.isin(list(WORDS))].groupby("model").size())

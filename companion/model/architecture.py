@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import align_module_device
@@ -268,34 +267,3 @@ class ModelFacts:
     def manifest(self) -> dict[str, Any]:
         """The facts as JSON takes them; the noise to one digit."""
         return asdict(self) | {"noise": float(f"{self.noise:.0e}")}
-
-    def table(self) -> pd.DataFrame:
-        """A short table for a reader: what was looked at, what was found."""
-        ends = [f"{token} ({', '.join(places)})" for token, places in self.ends.items()]
-        heads = f"{self.heads}" if self.heads == self.key_heads else f"{self.heads} on {self.key_heads} keys"
-        cap = "" if self.soft_cap is None else f", soft cap {self.soft_cap:g}"
-        # Its digits differ between processors, the power of ten above it does not.
-        power = next(f"1e{power:03d}" for power in range(-16, 3) if self.noise < 10.0**power)
-        rows = {
-            "architecture": self.architecture,
-            "layers, heads, width, neurons": f"{self.layers}, {heads}, {self.width}, {self.neurons}",
-            "norms": f"{self.norm}, {'before and after' if self.norm_after else 'before'} attention and MLP",
-            "attention": f"windows of {', '.join(map(str, self.windows))} tokens" if self.windows else "all tokens",
-            "MLP": "gated" if self.gated else "not gated",
-            "unembedding": f"{self.vocabulary} tokens{', tied to the embedding' * self.tied}{cap}",
-            "replay": "exact",
-            "rounding noise": f"below {power} of the largest activation",
-            "answers end with": "; ".join(ends) or "nothing: they are cut at their longest",
-        }
-        if self.device["name"] != "cpu":
-            rows["device"] = f"{self.device['name']}, {self.device['memory_gib']} GiB"
-        if self.adapter:
-            rows["adapter"] = self.adapter
-        if self.template is not None:
-            rows |= {
-                "a system turn is given as": self.template.system,
-                "date in prompts": f"{self.template.date}, on every day" if self.template.date else "none",
-            }
-            if self.template.thinking_off:
-                rows["thinking"] = "switched off in the template"
-        return pd.DataFrame({"fact": list(rows), "found": list(rows.values())})

@@ -1,20 +1,15 @@
-"""Neurons of large models: a gradient estimate for all of them, and an exact recheck of the top and of a random sample.
-
-How far the estimate can be trusted is measured on the recheck, every time.
-"""
+"""Neurons of large models: a gradient estimate for all of them, and an exact recheck of the top and of a random sample."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from scipy import stats as st
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -139,30 +134,3 @@ def to_recheck(found: pd.DataFrame, top: int, random: int) -> pd.DataFrame:
     others = np.random.default_rng(0).permutation(order[top:])[:random]
     chosen = found.loc[[*order[:top], *others]].reset_index(drop=True)
     return chosen.assign(is_top=np.arange(len(chosen)) < min(top, len(found)))
-
-
-@dataclass(frozen=True)
-class ScreenTrust:
-    """How good a screen was: rank correlation with the exact |NIE| and recall of the top."""
-
-    correlation: float
-    recall: float
-
-
-def screen_trust(chosen: pd.DataFrame, exact: PairEffects, n_neurons: int, top: int = 100) -> ScreenTrust:
-    """Compare the screen's estimates with the exact effects of the rechecked neurons, on discover.
-
-    `chosen` is `to_recheck`'s table, `exact` has the same columns. The rank correlation (Spearman, of sizes) is over the
-    random sample. Recall is of the `top` largest exact effects: how many the screen's top holds, against an estimate of
-    how many it missed (random neurons at least as large as the smallest of those, each standing for many).
-    """
-    size = abs(in_split(exact, "discover").nie.mean(0))
-    is_top = chosen.is_top.to_numpy()
-    if is_top.all():
-        return ScreenTrust(float(st.spearmanr(chosen.estimate.abs(), size).statistic), 1.0)
-    held = np.sort(size[is_top])[::-1][:top]
-    weight = (n_neurons - is_top.sum()) / (~is_top).sum()
-    missed = weight * ((size[~is_top] >= held[-1]) & (size[~is_top] > 0)).sum()
-    recall = len(held) / (len(held) + missed)
-    correlation = float(st.spearmanr(chosen.estimate.abs()[~is_top], size[~is_top]).statistic)
-    return ScreenTrust(correlation, float(recall))

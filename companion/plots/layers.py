@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import PercentFormatter
 
 from companion.plots import style
 from companion.plots.style import BY_LAYER, ESTIMATE, LOG_ODDS, NAMES, distinct, spec
@@ -24,6 +27,13 @@ PANELS = {
     "indirect": "passes through it: patch the output, let everything above react",
     "direct": "it writes itself: swap its write in the final sum, nothing reacts",
 }  # fmt: skip
+ROWS = {
+    "T1": "T1: request turns harmful",
+    "T2": "T2: jailbreak wrapper, harmful request",
+    "T2b": "T2b: the same, harmless request",
+    "T2-T2b": "T2 − T2b: on harm alone",
+}
+SPLITS = ("discover", "validate", "test")
 CENTROID_MARGIN = 0.05  # by which harm must be later for C1
 
 
@@ -59,27 +69,42 @@ def pair_tokens(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def component_map(table: pd.DataFrame) -> Figure:
-    """Layers by attention and MLP outputs of one pair, in per cent of its total effect; columns: layer, site, share."""
+def component_map(table: pd.DataFrame, *, title: str) -> Figure:
+    """Layers by attention and MLP outputs of one pair, in per cent of its total effect; columns: layer, site, share.
+
+    Full colour is the whole effect, so that maps of several pairs can be compared.
+    """
     grid = 100 * table.pivot(index="site", columns="layer", values="share").sort_index()  # attention above MLP
-    figure, axes = style.new_figure(width=max(5.2, 0.25 * grid.shape[1] + 1.2), height=1.7)
-    ax, bound = axes[0, 0], float(grid.abs().max(axis=None)) or 1.0
-    ax.imshow(grid, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
+    figure, axes = style.new_figure(width=max(5.2, 0.25 * grid.shape[1] + 1.9), height=1.7)
+    ax, bound = axes[0, 0], max(100.0, float(grid.abs().max(axis=None)))
+    image = ax.imshow(grid, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
     for (y, x), value in np.ndenumerate(grid.to_numpy()):
         text = f"{value:.0f}".replace("-0", "0").replace("-", "\N{MINUS SIGN}")
         style.write_cell(ax, x, y, text, abs(value) / bound, 8)
     ax.set_xticks(range(grid.shape[1]), grid.columns, fontsize=8)
     ax.set_yticks(range(len(grid)), [style.NAMES[site] for site in grid.index])
-    ax.set_xlabel("layer")
-    ax.set_title("Which component carries this pair's effect? (% of TE)")
+    ax.set_xlabel("layer (red: in the direction of TE)")
+    ax.set_title(title)
     ax.grid(False)
+    figure.colorbar(image, ax=ax, label="% of TE", pad=0.01)
     return figure
+
+
+def total_effects(table: pd.DataFrame, **options: Any) -> Figure:
+    """Total effects by treatment, which is named, and split, in the order in which splits are used."""
+    names = {
+        one: ROWS.get(one, f"{one}: a benign choice" if one[0] == "B" else one) for one in distinct(table.treatment)
+    }
+    splits = [one for one in SPLITS if one in set(table.split)]
+    parts = [table[table.split == split] for split in splits]
+    named = pd.concat(parts).sort_values("treatment", key=lambda t: t.map(list(names).index), kind="stable")
+    return style.dots(named.assign(treatment=named.treatment.map(names)), row="treatment", group="split", **options)
 
 
 def layer_map(table: pd.DataFrame, *, panel: str, title: str) -> Figure:
     """Attention and MLP (rows) by layer, one map for each value of `panel`, on one scale; numbers are percent of TE.
 
-    A bold number has an interval that excludes 0; what rounds to 0 has none.
+    A bold number has an interval that excludes 0; what rounds to 0 has none. `{of}` in the title is the table's treatment.
     """
     names, bound = distinct(table[panel]), float(table.estimate.abs().max()) or 1.0
     figure, axes = style.new_figure(len(names), 1, 7.4, 0.9 + 0.72 * len(names), sharex=True)
@@ -95,9 +120,10 @@ def layer_map(table: pd.DataFrame, *, panel: str, title: str) -> Figure:
         ax.set_title(PANELS.get(str(name), str(name)), fontsize=9, fontweight="normal")
         ax.grid(False)
     axes[-1, 0].set_xticks(range(cells.shape[1]), cells.columns, fontsize=7)
-    axes[-1, 0].set_xlabel("layer")
-    figure.colorbar(image, ax=axes[:, 0], label=style.TOTAL, pad=0.01)
-    style.heading(figure, title)
+    axes[-1, 0].set_xlabel("layer (bold: the interval excludes 0)")
+    percent = PercentFormatter(1.0, decimals=0, symbol=None)
+    figure.colorbar(image, ax=axes[:, 0], label="share of TE (%)", pad=0.01, format=percent)
+    style.heading(figure, title.format(of=style.contrast(table)))
     return figure
 
 
@@ -156,9 +182,9 @@ def heads(table: pd.DataFrame) -> Figure:
         ax.set_ylabel("head")
         ax.set_title(PANELS.get(effect, effect), fontsize=9, fontweight="normal")
     axes[-1, 0].set_xticks(range(grid.shape[1]), grid.columns, fontsize=7)
-    axes[-1, 0].set_xlabel("layer")
+    axes[-1, 0].set_xlabel("layer (dot: the interval excludes 0 and the effect is not tiny; frame: looked at below)")
     figure.colorbar(image, ax=axes[:, 0], label=LOG_ODDS, pad=0.01)
-    style.heading(figure, "Which heads does the effect pass through, and do they write it? (framed: looked at below)")
+    style.heading(figure, "Which heads does the effect pass through, and do they write it?")
     return figure
 
 
@@ -188,9 +214,11 @@ def patterns(table: pd.DataFrame) -> Figure:
 
 # fmt: off
 SPECS = (
-    spec("00_map", component_map, "all", {"layer": "int", "site": "str", "share": "float"}, MAP),
+    spec("00_map", component_map, "all", {"layer": "int", "site": "str", "share": "float"}, MAP,
+         title="The first pair: which component carries its effect?"),
     spec("00_own", component_map, "all", {"layer": "int", "site": "str", "share": "float"},
-         MAP.replace("one pair", "the reader's own pair")),
+         MAP.replace("one pair", "the reader's own pair"),
+         title="Your own pair: which component carries its effect?"),
     spec("01_tokens", pair_tokens, "all",
          {"position": "int", **dict.fromkeys(("group", "control", "treated"), "str"), "differ": "bool"},
          "Control and treated prompt of one pair, token under token, coloured by position group from system turn to "
@@ -200,38 +228,37 @@ SPECS = (
          "without a wrapper, in a neutral and in a jailbreak wrapper",
          row="prompt", group="request", title="Which prompts does the model refuse?",
          unit="mean P(first token opens a refusal)", limits=(-0.02, 1.02)),
-    spec("01_total_effects", style.dots, "all", {"treatment": "str", "split": "str", **ESTIMATE},
+    spec("01_total_effects", total_effects, "all", {"treatment": "str", "split": "str", **ESTIMATE},
          "Total effect of every treatment in log-odds with intervals, discover, validate and test side by side; dashed "
          "lines mark the precondition, 0.5 to either side of 0",
-         row="treatment", group="split", title="Which treatments move the answer by 0.5 log-odds or more?",
-         unit="total effect (log-odds of complying)",
-         marks=(-0.5, 0.5)),
+         title="Which treatments move the answer?", marks=(-0.5, 0.5),
+         unit="total effect (log-odds of answering, in B of the second choice)\ndashed: 0.5, the least that is taken apart"),
     spec("02_cumulative", style.cumulative, "C1", {"model": "str", "line": "str", "earliest": "float", **BY_LAYER},
          "Share of the total effect in the last-token residual stream after each layer, one panel a model, one line a "
          "treatment and a dashed one for the untrained twin: all end at 1, and where each rises is compared"),
     spec("02_treatments", layer_map, "C1", {"treatment": "str", "site": "str", **BY_LAYER},
          "Share of the total effect that passes through attention and MLP outputs by layer, a map for recognition (T1), "
          "generation (T2), the wrapper on a harmless request (T2b) and the contrast T2 - T2b; numbers are percent",
-         panel="treatment", title="Through which layers does the effect pass? (percent of the total effect)"),
+         panel="treatment", title="Through which layers does the effect pass?"),
     spec("02_benign", centroids, "C1", {"quantity": "str", "contrast": "str", **ESTIMATE},
          "Effect-weighted mean depth of harm and of each benign behaviour as dots with intervals, and beside them harm "
          "minus benign with an interval over topics and a wider one that resamples behaviours, too"),
     spec("02_computed", layer_map, "C1", {"panel": "str", "site": "str", **BY_LAYER},
          "Attention and MLP outputs by layer, above what passes through them, below what they compute from wrapper and "
          "request together, both as percent of the total effect",
-         panel="panel", title="What only passes through, and what is computed? (percent of the total effect)"),
+         panel="panel", title="What only passes through, and what is computed?"),
     spec("02_early", read_and_carried, "C3", {"what": "str", **BY_LAYER},
          "By layer, how well a probe on shared tokens tells harmful from harmless requests, the same for the words "
          "alone, and the share of the total effect that these tokens carry, with early layers hatched"),
-    spec("03_total_direct", layer_map, "C2", {"effect": "str", "site": "str", "layer": "int", **ESTIMATE},
+    spec("03_total_direct", layer_map, "C2", {"effect": "str", "site": "str", "layer": "int", **ESTIMATE, "of": "str"},
          "Two maps of attention and MLP by layer, above what passes through each (indirect effects), below what each "
          "writes itself (direct effects), as percent of the total effect; bold numbers have an interval that excludes 0",
-         panel="effect", title="Through which modules does the decision pass, and which write it? (percent of TE)"),
+         panel="effect", title="Through which modules does the effect of {of} pass, and which write it?"),
     spec("03_normalised", style.dots, "C2", {"normalisation": "str", "effect": "str", **ESTIMATE},
-         "MLP share of direct and of indirect effects: raw, per unit of patch norm, per parameter, and of the indirect "
+         "MLP share of direct and of indirect effects: raw, per length of the patch, per parameter, and of the indirect "
          "ones by sufficiency and by necessity; dashed lines mark one half and 0.60",
          row="normalisation", group="effect", title="Do MLPs hold more than attention, however one counts?",
-         unit="MLP share of positive component effects\n(dashed: C2 is denied below 0.5 and holds above 0.6)",
+         unit="MLP share of positive component effects\n(dashed: that MLPs write it, C2, fails below 0.5 and holds above 0.6)",
          marks=(0.5, 0.6), limits=(0.0, 1.0)),
     spec("03_heads", heads, "C2", {"layer": "int", "head": "int", "effect": "str", "carries": "bool", **ESTIMATE},
          "Two maps of attention heads by layer, indirect effects above direct ones on one scale from against to with "
@@ -241,7 +268,7 @@ SPECS = (
          "Attention of the carrying heads from the last token, a row a head and a column a token, above in the control "
          "and below in the treated prompt; everything before the user's words is one column"),
     spec("08_claims", style.answers, "all", dict.fromkeys(("model", "claim", "name", "answer", "number", "grade"), "str"),
-         "Answers, a row for each model and a column for each claim: the number that decides, and by colour and sign "
-         "supported, contradicted or inconclusive; hatched where the rule cannot tell"),
+         "Answers, a row for each claim and a column for each model: the number that decides with its interval, and by colour "
+         "and word supported, contradicted or inconclusive; hatched where the rule cannot tell"),
 )
 # fmt: on

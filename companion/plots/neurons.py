@@ -74,8 +74,8 @@ def set_curves(table: pd.DataFrame) -> Figure:
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(WHOLE)
     ax.set_xlabel("neurons changed together")
-    ax.set_ylabel("share of the whole layer's effect")
-    ax.set_title("How many neurons does it take? (ranked on discover, measured on test)")
+    ax.set_ylabel("share of the whole layer's effect\n(bands: 95 % intervals)")
+    ax.set_title(f"How many neurons does {style.contrast(table)} take? (ranked on discover, measured on test)")
     if len(bounded := table[np.isfinite(table.estimate)]):  # the bands whole, unless they would flatten the curves
         inside = bounded.estimate.min() - 1.0, bounded.estimate.max() + 1.0
         ends = max(bounded.low.min(), inside[0]), min(bounded.high.max(), inside[1])
@@ -109,14 +109,14 @@ def permutations(table: pd.DataFrame) -> Figure:
     figure, axes = new_figure(width=6.0, height=2.9)
     ax, own = axes[0, 0], table.iloc[0]
     width, look = table.end - table.start, {"color": OKABE_ITO[5], "ec": "white", "lw": 0.3}
-    ax.bar(table.start, table["count"], width, align="edge", **look, label="permuted indices")
+    ax.bar(table.start, table["count"], width, align="edge", **look, label="random orders")
     height = 0.5 * float(table["count"].max())
     ends = np.clip([own.observed - own.least, own.most - own.observed], 0, None)[:, None]
     look = {"fmt": "D", "color": OKABE_ITO[1], "ms": 5, "capsize": 3}
-    ax.errorbar([own.observed], [height], xerr=ends, **look, label="this model, with interval")
-    ax.axvline(0.05, color="black", lw=0.9, ls="--", label="threshold of C7")
+    ax.errorbar([own.observed], [height], xerr=ends, **look, label="this model, with interval (other prompts, too)")
+    ax.axvline(0.05, color="black", lw=0.9, ls="--", label="asked by C7")
     ax.set_xlabel("Moran's I of rank |effect|")
-    ax.set_ylabel("permutations")
+    ax.set_ylabel("random orders")
     ax.set_title("Are neighbours more alike than chance?")
     legend_below(figure, [ax], ncols=3)
     return figure
@@ -147,7 +147,7 @@ SPECS = (
          "Exact effects of the strongest last-layer neurons, alone, in both directions, as shares of the total effect"),
     spec("04_fires_on", fires_on, "C5a", {"neuron": "int", "kind": "str", "value": "float", "prompt": "str"},
          "Values of the strongest last-layer neurons at the last token of harmful and harmless requests in both wrappers"),
-    spec("04_curves", set_curves, "C5a", {"series": "str", "k": "int", "k90": "float", **ESTIMATE},
+    spec("04_curves", set_curves, "C5a", {"series": "str", "k": "int", "k90": "float", **ESTIMATE, "of": "str"},
          "Joint effect of the top k last-layer neurons as a share of the whole layer's, against random order, with a thin line "
          "where each order holds nine tenths for good (k90)"),
     spec("04_sparsity", sparsity, "C5a",

@@ -95,6 +95,11 @@ def distinct(values: pd.Series) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
+def contrast(table: pd.DataFrame) -> str:
+    """The treatment or the difference of two that a whole table is of, as in prose."""
+    return str(table["of"].iloc[0]).replace("-", " − ") if "of" in table else ""
+
+
 def interval_lengths(table: pd.DataFrame) -> np.ndarray:
     """From the estimate to both limits; 0 where a skewed interval lies beside its estimate."""
     return np.stack([table["estimate"] - table["low"], table["high"] - table["estimate"]]).clip(min=0)
@@ -235,26 +240,37 @@ ANSWERS: dict[str, tuple[str, dict[str, str]]] = {  # the word in a cell, and th
 
 
 def answers(table: pd.DataFrame) -> Figure:
-    """Models by claims: what is answered, in colour and word, and the number; hatched where the rule cannot tell."""
+    """Claims by models: what is answered, in colour and word, and the number; hatched where the rule cannot tell.
+
+    One model has room for the number's unit in words, several have not.
+    """
     models, claims = distinct(table.model), sorted(distinct(table.claim))
-    names = dict(zip(table.claim, table.name, strict=True))
-    figure, axes = new_figure(width=7.6, height=1.7 + 0.4 * len(models))
+    names, n = dict(zip(table.claim, table.name, strict=True)), len(models)
+    figure, axes = new_figure(width=max(6.4, 2.0 + 0.95 * n), height=1.3 + (0.26 if n == 1 else 0.36) * len(claims))
     ax = axes[0, 0]
     for row in table[table.answer.isin(list(ANSWERS))].fillna("").itertuples():
-        x, y = claims.index(str(row.claim)), models.index(str(row.model))
+        x, y = models.index(str(row.model)), claims.index(str(row.claim))
         word, look = ANSWERS[str(row.answer)]
-        text = f"{word}\n{row.number}".strip().replace("points", "pts").replace("neurons", "neur.")
+        text = f"{word}   {row.number or 'no number'}" if n == 1 else f"{word} {_short(str(row.number))}"
         box = {"fc": "white", "ec": "none", "pad": 1.0} if not word else None
-        ax.add_patch(plt.Rectangle((x - 0.47, y - 0.45), 0.94, 0.9, ec="#999999", lw=0.6, **look))
-        ax.text(x, y, text, ha="center", va="center", fontsize=8, bbox=box)
+        ax.add_patch(plt.Rectangle((x - 0.48, y - 0.45), 0.96, 0.9, ec="#999999", lw=0.6, **look))
+        ax.text(x, y, text.strip(), ha="center", va="center", fontsize=8, bbox=box)
     for name, (word, look) in ANSWERS.items():
         label = f"{word}: {name}" if word else name
         ax.add_patch(plt.Rectangle((0, 0), 0, 0, ec="#999999", lw=0.6, label=label, **look))
-    ax.set_xlim(-0.6, len(claims) - 0.4)
-    ax.set_ylim(len(models) - 0.4, -0.6)
-    ax.set_xticks(range(len(claims)), [f"{c}\n{textwrap.fill(names[c], 9)}" for c in claims], fontsize=8)
-    ax.set_yticks(range(len(models)), models)
+    ax.set_xlim(-0.5, n - 0.5)
+    ax.set_ylim(len(claims) - 0.4, -0.6)
+    ax.set_xticks(range(n), models, fontsize=8)
+    ax.set_yticks(range(len(claims)), [f"{c}  {names[c]}" for c in claims], fontsize=8)
     ax.grid(False)
-    ax.set_title("What holds, what does not, and what the rules cannot tell (blank: not measured)")
+    heading(figure, "What holds, what does not, and what the rules cannot tell (blank: not measured)")
     legend_below(figure, [ax], len(ANSWERS))
     return figure
+
+
+def _short(number: str) -> str:
+    """A number, the first word of its unit, and below it its interval."""
+    value, _, rest = number.partition(" [")
+    ends, _, unit = rest.partition("] ")
+    words = {"%": " %", "points": " pts", "neurons": " neur."}
+    return f"{value}{words.get(unit.partition(' ')[0], '')}\n[{ends}]" if ends else value

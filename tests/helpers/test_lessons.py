@@ -132,14 +132,14 @@ def test_the_strongest_are_ranked_on_discover_and_fire_on_prompts_of_test(found:
 
 def test_curves_end_at_the_whole_and_what_is_not_defined_stays_so(found: neurons.Neurons, study: Study) -> None:
     made = neurons.all_curves(found)
-    table, settled = neurons.curve_table(made), neurons.settled(made, study)
+    table, settled = neurons.curve_table(made, found.primary), neurons.settled(made, study)
     assert isinstance(table, pd.DataFrame) and isinstance(settled, pd.DataFrame)
     harm = settled.set_index("behaviour").loc["harm"]
     assert set(table[table.series == "largest first"].k90) == {harm.estimate} and harm.few == 8
     ends = table.sort_values("k").groupby("series").estimate.last()
     assert ends.to_numpy() == pytest.approx(1.0, abs=1e-6)
     none = NotDefined("nothing")
-    assert neurons.curve_table(none) is neurons.settled(none, study) is neurons.gate_cells(none) is none
+    assert neurons.curve_table(none, "T2") is neurons.settled(none, study) is neurons.gate_cells(none) is none
 
 
 def test_a_behaviour_without_a_k90_has_none_and_its_words_are_those_that_differ(
@@ -148,7 +148,7 @@ def test_a_behaviour_without_a_k90_has_none_and_its_words_are_those_that_differ(
     made = neurons.all_curves(found)
     assert not isinstance(made, NotDefined)
     backwards = {name: values - values[:, [-1]] for name, values in made["main"].values.items()}  # 0 at the end
-    never = neurons.curve_table(made | {"random order": replace(made["main"], values=backwards)})
+    never = neurons.curve_table(made | {"random order": replace(made["main"], values=backwards)}, found.primary)
     assert isinstance(never, pd.DataFrame) and not (never.series == "random order").any()
     pair = study.pairs[0].pair
     pair = replace(pair, control="Answer with a tip. How?", treated="Answer with a long poem. How?")

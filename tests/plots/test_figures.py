@@ -275,14 +275,19 @@ def test_answers_are_told_by_words_and_numbers_too() -> None:
     table = pd.DataFrame(
         {"model": list("mmnn"), "claim": ["C2", "C1", "C1", "C2"], "answer": said, "name": "few neurons"}
     )
-    ax = style.answers(table.assign(number=["9 %", "15 neurons", "3.0 points", np.nan])).axes[0]
+    given = ["9 [8, 10] % of direct effects", "15 [1, 20] neurons", "3.0 [1.0, 4.0] points of judged harm", np.nan]
+    ax = style.answers(table.assign(number=given)).axes[0]
     assert {text.get_position(): text.get_text() for text in ax.texts} == {
-        (1, 0): "yes\n9 %", (0, 0): "no\n15 neur.", (0, 1): "3.0 pts",
+        (0, 1): "yes 9 %\n[8, 10]", (0, 0): "no 15 neur.\n[1, 20]", (1, 0): "3.0 pts\n[1.0, 4.0]",
     }  # fmt: skip
     cells = {patch.get_xy(): patch.get_hatch() for patch in ax.patches if patch.get_width()}
     assert len(cells) == 3 and sum(hatch is not None for hatch in cells.values()) == 1
-    assert [label.get_text().split("\n")[0] for label in ax.get_xticklabels()] == ["C1", "C2"]
-    assert all(text.get_fontsize() >= 8 for text in (*ax.texts, *ax.get_xticklabels()))
+    assert [label.get_text().split()[0] for label in ax.get_yticklabels()] == ["C1", "C2"]
+    assert all(text.get_fontsize() >= 8 for text in (*ax.texts, *ax.get_yticklabels()))
+    alone = style.answers(table.assign(number=given, model="m").iloc[[0]]).axes[0]
+    assert [text.get_text() for text in alone.texts] == ["yes   9 [8, 10] % of direct effects"]
+    open_one = table.assign(number="", answer="inconclusive").iloc[[0]]
+    assert [text.get_text() for text in style.answers(open_one).axes[0].texts] == ["?   no number"]
 
 
 def test_tokens_that_differ_are_outlined() -> None:
@@ -300,10 +305,25 @@ def test_a_component_map_has_a_number_in_every_cell() -> None:
     rows = [
         (layer, site, share) for layer in range(30) for site, share in (("mlp_out", 0.25), ("attn_out", -0.004 * layer))
     ]
-    ax = layers.component_map(pd.DataFrame(rows, columns=["layer", "site", "share"])).axes[0]
+    ax = layers.component_map(pd.DataFrame(rows, columns=["layer", "site", "share"]), title="").axes[0]
     said = {text.get_position(): text.get_text() for text in ax.texts}
     assert len(said) == 60 and said[29, 1] == "25" and said[29, 0] == "\N{MINUS SIGN}12" and said[1, 0] == "0"
-    assert ax.images[0].get_clim() == (-25, 25)
+    assert ax.images[0].get_clim() == (-100, 100), "one scale for all pairs"
+
+
+def test_treatments_are_named_and_splits_in_order() -> None:
+    rows = [(name, split) for split in ("test", "discover", "validate") for name in ("T2", "B1", "other")]
+    table = pd.DataFrame(rows, columns=["treatment", "split"]).assign(estimate=1.0, low=0.5, high=1.5)
+    ax = layers.total_effects(table, title="", unit="").axes[0]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["discover", "validate", "test"]
+    named = [label.get_text() for label in ax.get_yticklabels()]
+    assert named == ["T2: jailbreak wrapper, harmful request", "B1: a benign choice", "other"]
+
+
+@pytest.mark.parametrize("name", ["03_total_direct", "04_curves"])
+def test_a_title_names_the_contrast(name: str) -> None:
+    figure = drawn(name, table_for(spec_of(name)).assign(of="T2-T2b"))
+    assert "T2 − T2b" in figure.get_suptitle() + figure.axes[0].get_title(loc="left")
 
 
 def test_a_row_of_one_group_is_drawn_at_its_label() -> None:
