@@ -1,4 +1,4 @@
-"""Exercises of notebook 05: a group of tokens, who carries the signal on, prompts of unequal length."""
+"""Exercises of notebook 05: a group of tokens, and who carries the signal on."""
 
 import numpy as np
 import torch
@@ -26,16 +26,6 @@ def carried_by_mlps(
     return float((attention_held - both_held).sum() / (nothing_held - base).sum())
 
 
-def meeting_places(source: list[str], base: list[str]) -> dict[str, tuple[int, int]]:
-    """For prompts of unequal length: group -> (position in source, position in base) of the group's *last* token.
-
-    Both lists name each position's group; groups that only one prompt has are left out.
-    """
-    last_source = {group: place for place, group in enumerate(source)}
-    last_base = {group: place for place, group in enumerate(base)}
-    return {group: (last_source[group], last_base[group]) for group in last_source if group in last_base}
-
-
 def _last_only(control: torch.Tensor, treated: torch.Tensor, groups: list[str], name: str) -> torch.Tensor:
     patched = control.clone()
     place = len(groups) - 1 - groups[::-1].index(name)
@@ -53,16 +43,10 @@ def _shifted(control: torch.Tensor, treated: torch.Tensor, groups: list[str], na
     return patch_group(control, treated, [*groups[1:], ""], name)
 
 
-def _first_tokens(source: list[str], base: list[str]) -> dict[str, tuple[int, int]]:
-    return {group: (source.index(group), base.index(group)) for group in dict.fromkeys(source) if group in base}
-
-
 GROUPS = ["header", "wrapper", "wrapper", "verb", "last"]
 CONTROL, TREATED = torch.arange(10.0).reshape(5, 2), torch.arange(10.0).reshape(5, 2) + 100
 PATCHED = torch.tensor([[0.0, 1.0], [102.0, 103.0], [104.0, 105.0], [6.0, 7.0], [8.0, 9.0]])
 LIVE, FROZEN, FULL, BASE = map(np.array, ([1.0, 3.0], [0.0, 1.0], [3.5, 4.5], [-0.5, 2.5]))
-LONG = ["header", "wrapper", "wrapper", "wrapper", "verb", "object", "last"]
-SHORT = ["header", "wrapper", "verb", "verb", "last"]
 
 
 EXERCISES = (
@@ -116,39 +100,6 @@ EXERCISES = (
             Mistake(
                 "that is the other order: what is lost when MLPs are held while all else is live",
                 lambda live, f, p, b: float((p - f).sum() / (p - b).sum()),
-            ),
-        ),
-    ),
-    Exercise(
-        "05-3",
-        "Prompts of unequal length",
-        2,
-        10,
-        "Write `meeting_places`: for each group that both prompts have, which token of the source prompt may be put in place of "
-        "which token of the base prompt?",
-        "A dictionary keeps the last value that was written under a key; make one for each prompt.",
-        meeting_places,
-        (Case((LONG, SHORT), {"header": (0, 0), "wrapper": (3, 1), "verb": (4, 3), "last": (6, 4)}),),
-        (
-            Mistake(
-                "the first token of each group: information gathers at the last one, which alone has seen the whole group",
-                _first_tokens,
-            ),
-            Mistake(
-                "the same position in both prompts: after the first group of unequal length these are different places",
-                lambda s, b: {g: (p, p) for g, (p, _) in meeting_places(s, b).items()},
-            ),
-            Mistake(
-                "source and base are exchanged: the first position is the one that is *read*",
-                lambda s, b: {g: (q, p) for g, (p, q) in meeting_places(s, b).items()},
-            ),
-            Mistake(
-                "the prompts were read side by side: they differ in length, so look each group up in each prompt by itself",
-                lambda s, b: {g: (i, i) for i, (g, h) in enumerate(zip(s, b, strict=False)) if g == h},
-            ),
-            Mistake(
-                "off by one: positions are counted from 0",
-                lambda s, b: {g: (p + 1, q + 1) for g, (p, q) in meeting_places(s, b).items()},
             ),
         ),
     ),

@@ -1,7 +1,7 @@
 """Built models, whose weights were written by hand, and how often the method is wrong about them.
 
 `built_model` gives one with what is true of it; the others read stored draws: many such models, measured and judged.
-`read_shipped` gives a stored table, of which `agreement`, `trained_places` and `trained_shares` make one to look at.
+`read_shipped` gives a stored table, of which `agreement` and `trained_places` make one to look at.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from companion.base.display import NotDefined
 from companion.calibration import plants, rates
 from companion.calibration.campaign import read_shipped
 from companion.calibration.localise import built as built_model
-from companion.calibration.plants import trained_places, trained_shares
+from companion.calibration.plants import trained_places
 from companion.calibration.rates import interval_coverage
 from companion.calibration.truths import agreement
 from companion.claims import ledger
@@ -20,7 +20,7 @@ from companion.claims.corrected_rules import STATEMENTS
 from companion.claims.page import NAMES
 
 __all__ = ["agreement", "built_model", "draws", "error_rates", "found_deciders", "grades", "held_out", "interval_coverage",
-           "power", "read_shipped", "support_curve", "trained_places", "trained_shares"]  # fmt: skip
+           "power", "read_shipped", "support_curve", "trained_places"]  # fmt: skip
 
 
 EFFECTS = {"direct": plants.MEANING["direct"], "total": plants.MEANING["total"], "computed": "computed (notebook 02)"}

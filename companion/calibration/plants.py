@@ -3,7 +3,7 @@
 `smollm2-refuser-mlp` is `smollm2` after training of its MLPs only, and so on. We subtract the model as it was, and ask where
 what training *added* passes and is written. A part that was trained may write a signal that frozen parts above it read and
 turn into the refusal, also at tokens before the last, where we do not look. So a small share of a trained part is no mistake
-of the method; only one that is larger than where everything was trained confirms it (`trained_shares`).
+of the method; only one that is larger than where everything was trained confirms it (`trained_places`).
 """
 
 from __future__ import annotations
@@ -98,29 +98,12 @@ def _place_shares(part: str, found: pd.DataFrame) -> pd.DataFrame:
     return table.iloc[: len(cells)] if learned.all() else table
 
 
-def trained_shares(table: pd.DataFrame) -> pd.DataFrame:
-    """Of what training added, the share in the part that was trained, and the share of the same part in the whole refuser.
-
-    A row is a plant, treatment and effect of `real_plants`. Where everything may learn (`in_refuser`), refusal goes somewhere of
-    its own accord, mostly into late layers; only a share above that one shows that we see where a plant was trained.
-    """
-    change = table[table.of == "change"]
-    rows = []
-    for one in change[change["where"] == TRAINED].itertuples():
-        same = change[(change.kind == "all") & (change.treatment == one.treatment) & (change.effect == one.effect)]
-        inside = [is_learned(one.kind, f"{site}_out", third) for site, third in same["where"].str.split()]
-        rows.append(
-            (one.kind, one.treatment, one.effect, one.share, one.low, one.high, same.share[inside].sum(), one.size)
-        )
-    names = ["kind", "treatment", "effect", "share", "low", "high", "in_refuser", "size"]
-    return pd.DataFrame(rows, columns=names).replace({"effect": MEANING, "kind": TRAINED_IN})
-
-
 def trained_places(table: pd.DataFrame) -> pd.DataFrame:
     """Of what training added to T1, the share in each place and in all that was trained: a row a plant, effect and place.
 
     Columns kind, effect, place, learned, estimate, low, high; where everything was trained that share is 1 by definition. For
-    all that was trained, `in_refuser` is that of `trained_shares`.
+    all that was trained, `in_refuser` is the share of the same places where everything may learn: there refusal goes somewhere
+    of its own accord, mostly into late layers, and only a share above that one shows that we see where a plant was trained.
     """
     change = table[(table.of == "change") & (table.treatment == "T1") & (table["where"] != ELSE)]
     whole = change[change.kind == "all"].drop_duplicates("effect")
@@ -131,10 +114,11 @@ def trained_places(table: pd.DataFrame) -> pd.DataFrame:
     named = {"kind": TRAINED_IN, "effect": MEANING, "where": {TRAINED: "framed, together"}}
     made = change.replace(named).rename(columns={"where": "place", "share": "estimate"})
     made = made[["kind", "effect", "place", "learned", "estimate", "low", "high"]].reset_index(drop=True)
-    same = trained_shares(table).query("treatment == 'T1'").set_index(["kind", "effect"]).in_refuser
     together = made.place == "framed, together"
-    asked = pd.MultiIndex.from_frame(made[["kind", "effect"]])
-    return made.assign(in_refuser=same.reindex(asked, fill_value=1.0).where(together.to_numpy()).to_numpy())
+    own, by = made[made.learned & ~together], ["kind", "effect"]
+    same = own[own.kind == TRAINED_IN["all"]].set_index(["effect", "place"]).estimate.rename("in_refuser")
+    same = own.join(same, on=["effect", "place"]).groupby(by).in_refuser.sum()
+    return made.join(same, on=by).assign(in_refuser=lambda joined: joined.in_refuser.where(together))
 
 
 def measure_real_plant(model: str) -> dict[str, pd.DataFrame]:

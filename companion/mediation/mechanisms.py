@@ -188,7 +188,7 @@ def path_shares(
 
 
 def shares_by_layer(table: pd.DataFrame, treatment: str) -> pd.DataFrame | NotDefined:
-    """Shares of MLPs, attention and skip path from each layer on, with intervals: path, layer, estimate, low, high.
+    """Shares of MLPs, attention and skip path from each layer on: path, layer, estimate, low, high; and `hand_over` on test.
 
     From the layers after which the last token holds at least a tenth of TE on discover, but for the last.
     """
@@ -200,7 +200,8 @@ def shares_by_layer(table: pd.DataFrame, treatment: str) -> pd.DataFrame | NotDe
             rows.append(found.estimates().to_frame(pd.DataFrame({"path": list(paths), "layer": layer})))
     if not rows:
         return NotDefined("Below the last layer the last token holds too little to be shared out.")
-    return pd.concat(rows, ignore_index=True)[["path", "layer", "estimate", "low", "high"]]
+    made = pd.concat(rows, ignore_index=True)[["path", "layer", "estimate", "low", "high"]]
+    return made.assign(hand_over=hand_over_layer(table, treatment, "test").layer.max())
 
 
 def hand_over_layer(table: pd.DataFrame, treatment: str, split: str) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,9 @@ from matplotlib.ticker import PercentFormatter
 from companion.base.thresholds import LATE, depth
 from companion.plots import style
 from companion.plots.style import ESTIMATE, NAMES, distinct, heading, spec
+
+# What each rate is held against, with the sign that the figure has for it.
+TARGETS = {"false supported": (0.05, "● ≤"), "false contradicted": (0.2, "■ ≤"), "power to support": (0.8, "▲ ≥")}
 
 
 def _frame(ax: Axes, x: float, y: float, width: int = 1) -> None:
@@ -52,6 +56,18 @@ def built(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def errors(table: pd.DataFrame, **options: Any) -> Figure:
+    """Rates of every claim's rule in one row; above each line what is held against it."""
+    figure = style.dots(table, row="claim", group="error", **options)
+    (ax,) = figure.axes
+    ax.set_title(options["title"], pad=17)
+    for at, sign in TARGETS.values():
+        ax.text(at, 1.01, f"{sign} {at:g}", ha="center", va="bottom", fontsize=8, transform=ax.get_xaxis_transform())
+    for claim in set(table.claim) - set(table.claim[table.error == "false supported"]):
+        ax.text(1, distinct(table.claim).index(claim), "● none built", ha="right", va="center", fontsize=8)
+    return figure
+
+
 def threshold(table: pd.DataFrame) -> Figure:
     """One panel a claim: how often "supported" was said (points with intervals) by the true value; dashed at the threshold."""
     claims = distinct(table.claim)
@@ -66,7 +82,8 @@ def threshold(table: pd.DataFrame) -> Figure:
         ax.axvline(at, color="black", lw=0.9, ls="--")
         ax.axhline(0.05, color="black", lw=0.6, ls=":")
         ax.set_ylim(-0.05, 1.05)
-        ax.set_title(claim, fontsize=8)
+        ax.text(1.01, 0.05, "0.05", transform=ax.get_yaxis_transform(), va="center", fontsize=7)
+        ax.set_title(f"{claim}\nn = {part.n.min()} to {part.n.max()} a dot", fontsize=8)
     for ax in axes.flat[len(claims) :]:
         ax.set_visible(False)
     for ax in axes.flat[max(0, len(claims) - n_columns) : len(claims)]:
@@ -87,7 +104,7 @@ def plants(table: pd.DataFrame) -> Figure:
     names = [str(place).replace(", ", ",\n").replace("attn ", "").replace("mlp ", "") for place in places]
     for k, place in enumerate(places):  # each site is named once, under the middle of its layers
         names[k] += {"attn middle": "\nattention", "mlp middle": "\nMLP"}.get(place, "")
-    names = [*names[:-1], "sum\nhere", "sum in\nrow 1"]
+    names = [*names[:-1], "framed\nsum", "same\ncells,\nrow 1"]
     for ax, effect in zip(axes[0], effects, strict=True):
         part = table[table.effect == effect]
         grid = part.pivot(index="kind", columns="place", values="estimate").loc[kinds, places].to_numpy()
@@ -102,13 +119,13 @@ def plants(table: pd.DataFrame) -> Figure:
             for first, behind in ends.reshape(-1, 2):
                 _frame(ax, first, y, behind - first)
         ax.axvline(len(places) - 1.5, color="white", lw=5, zorder=0.5)  # below the frames
-        ax.set_xticks(range(len(names)), names)
+        ax.set_xticks(range(len(names)), names, fontsize=8)
         ax.set_yticks(range(len(kinds)), kinds)
         ax.grid(False)
         ax.set_title(effect)
     axes[0, 0].set_ylabel("trained part")
     figure.colorbar(image, ax=axes[0].tolist(), label="share of what training added", format=PercentFormatter(1.0))
-    heading(figure, "T1, last token: does the effect lie where the model was trained (framed)?")
+    heading(figure, "T1, last token: does the effect lie where the model was trained (framed)? Blank: below 5 %")
     return figure
 
 
@@ -118,11 +135,11 @@ SPECS = (
     spec("07_built", built, "all", {**dict.fromkeys(("model", "site", "role"), "str"), "layer": "int", "share": "float"},
          "Two built models as layers by attention and MLP, the role of each part in words and its measured share of the "
          "effect as a number; in the second the effect lies in a late copy, three layers above the decision"),
-    spec("07_errors", style.dots, "all", {**dict.fromkeys(("claim", "error"), "str"), **COUNTS},
+    spec("07_errors", errors, "all", {**dict.fromkeys(("claim", "error"), "str"), **COUNTS},
          "False support, false contradiction and power of the rules of eleven claims, a row a claim, with Wilson intervals "
          "and lines at 0.05, 0.2 and 0.8: most errors lie at 0, and power lies anywhere from 0 to 1",
-         row="claim", group="error", title="How often does a rule err, and how often does it see what is true?",
-         unit="share of built models, with Wilson interval", marks=(0.05, 0.2, 0.8), limits=(-0.02, 1.02), below=True),
+         title="How often does a rule err, and how often does it see what is true?", limits=(-0.02, 1.02), below=True,
+         unit="share of built models, with Wilson interval", marks=[at for at, _ in TARGETS.values()]),
     spec("07_threshold", threshold, "all",
          {"claim": "str", **dict.fromkeys(("value", "threshold"), "float"), **COUNTS},
          "Share of built models in which a rule says supported against the value that is true of them, a panel a claim, with "

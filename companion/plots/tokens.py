@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -14,7 +15,7 @@ from companion.plots.style import BY_LAYER, ESTIMATE, TOTAL, by_layer, distinct,
 ROWS = {
     "rest": "other words", "last_instruction": "last word or mark", "template": "template behind it", "last": "last token",
 }  # fmt: skip
-PATHS = {"MLPs": "through MLPs", "attention": "through attention", "skip": "neither: residual stream"}
+PATHS = {"MLPs": "MLPs without attention", "attention": "needs attention", "skip": "neither: residual stream"}
 TREATED = {
     "T1": "T1: harmless to harmful request",
     "T2": "T2: jailbreak wrapper",
@@ -27,7 +28,8 @@ def _map(ax: Axes, part: pd.DataFrame, row: str, value: str, bound: float) -> Ax
     """Shares by row and layer, with their numbers in percent; hatched where the architecture lets no difference arrive."""
     rows = distinct(part[row])
     grid = part.pivot(index=row, columns="layer", values=value).reindex(rows)
-    image = ax.imshow(grid, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
+    steps = colormaps["RdBu_r"].resampled(max(1, int(bound / style.SHOWN) - 1 | 1))  # no number: the middle one
+    image = ax.imshow(grid, cmap=steps, vmin=-bound, vmax=bound, aspect="auto")
     earliest = part.groupby(row)["earliest"].first()
     for y, name in enumerate(rows):
         width = int((grid.columns < earliest[name]).sum())
@@ -73,7 +75,7 @@ def tokens(table: pd.DataFrame) -> Figure:
 
 
 def carriers(table: pd.DataFrame) -> Figure:
-    """Shares of the paths by layer; the axis ends at -0.5 and 1.5, and longer intervals leave it."""
+    """Shares of the paths by layer; the axis ends at -0.5 and 1.5, and longer intervals leave it. A line is at `hand_over`."""
     named = table.assign(path=table.path.map(lambda name: PATHS.get(name, name)))
     title, unit = "What carries the last token's signal on to the output?", "share of the last token's effect"
     figure = by_layer(named, group="path", title=title, unit=unit, late=False)
@@ -81,17 +83,20 @@ def carriers(table: pd.DataFrame) -> Figure:
     ax.set_xlim(table.layer.min() - 0.5, table.layer.max() + 0.5)
     low, high = ax.get_ylim()
     ax.set_ylim(max(low, SHARES[0]), min(high, SHARES[1]))
+    for at in table.get("hand_over", table.layer[:0])[:1]:
+        ax.axvline(at, color="black", lw=0.9, ls="--", label=f"hand-over: layer {at}")
+        ax.legend()
     return figure
 
 
 def timing(table: pd.DataFrame) -> Figure:
     """Rates of harmful answers by schedule, one symbol for what is held."""
-    named = {"schedule": TIMES, "clamp": {"neurons": "its largest neurons", "whole MLP": "its whole MLP output"}}
+    named = {"schedule": TIMES, "clamp": {"neurons": "largest neurons held", "whole MLP": "whole MLP output held"}}
     title = "The last layer is held at a refusing run's values: when, and what then?"
+    unit = f"share of answers labelled harmful, n = {table.n.max()}"
     return style.dots(
-        table.replace(named), row="schedule", group="clamp", title=title, unit="share of harmful answers",
-        limits=(-0.05, 1.05), below=True,
-    )  # fmt: skip
+        table.replace(named), row="schedule", group="clamp", title=title, unit=unit, limits=(-0.05, 1.05), below=True
+    )
 
 
 SHARES = (-0.5, 1.5)
@@ -105,8 +110,9 @@ SPECS = (
          "Share of the total effect in the residual stream of each group of tokens after each layer, one panel a treatment: "
          "it leaves the words that differ and ends in the last token; hatched where no difference can have arrived"),
     spec("05_carriers", carriers, "C4", {"path": "str", **BY_LAYER},
-         "Share of the last token's effect that MLPs, attention and the residual stream alone carry on, from each layer on"),
-    spec("05_timing", timing, "C5c", {"clamp": "str", "schedule": "str", **ESTIMATE},
+         "Share of the last token's effect that needs attention, that MLPs carry without it, and that needs neither, from each "
+         "layer on"),
+    spec("05_timing", timing, "C5c", {"clamp": "str", "schedule": "str", "n": "int", **ESTIMATE},
          "Share of jailbroken prompts with a harmful answer, the last layer held never, at the first token, at all tokens, or "
          "at all but the first"),
 )

@@ -372,6 +372,12 @@ def test_places_that_were_trained_are_framed_together() -> None:
     assert said == [("70", "white"), ("6", "black"), ("74", "white"), ("80", "white")]
 
 
+def test_each_rate_has_its_target_and_a_claim_without_models_says_so() -> None:
+    table = pd.DataFrame({"claim": ["C1", "C1", "C2"], "error": ["false supported", *["power to support"] * 2]})
+    ax = drawn("07_errors", table.assign(estimate=0.5, low=0.4, high=0.6)).axes[0]
+    assert [text.get_text() for text in ax.texts] == ["● ≤ 0.05", "■ ≤ 0.2", "▲ ≥ 0.8", "● none built"]
+
+
 # ---- view ----
 
 
