@@ -84,11 +84,12 @@ def mediators(
 
 
 def batches(
-    pairs: Sequence[TokenPair], subject: Subject | None = None, *, size: int = BATCH, mixed: bool = False
+    pairs: Sequence[TokenPair], subject: Subject | None = None, *, size: int = BATCH, mixed: bool = False, runs: int = 2
 ) -> list[list[TokenPair]]:
     """Pairs grouped by treatment and token length, at most `size` together, or as many as the subject allows.
 
-    A pure function of the pairs, so that a rerun and a sharded run give the same bytes. `mixed` groups by length alone.
+    A pure function of the pairs, so that a rerun and a sharded run give the same bytes. `mixed` groups by length alone; `runs`
+    is how many clean runs are kept of a pair.
     """
 
     def key(pair: TokenPair) -> tuple[str, int]:
@@ -97,7 +98,7 @@ def batches(
     found = []
     for (_, length), members in itertools.groupby(sorted(pairs, key=key), key=key):
         run = list(members)
-        step = min(size, pairs_at_once(subject, length)) if subject else size
+        step = min(size, max(1, 2 * pairs_at_once(subject, length) // runs)) if subject else size
         found += [run[start : start + step] for start in range(0, len(run), step)]
     return found
 

@@ -86,7 +86,7 @@ def interaction_effects(study: Study) -> pd.DataFrame:
     """
     subject, tables = study.subject, []
     twins = {pair.pair.id: (pair, twin) for pair, twin in study.with_twins(study.judged.of("T2"))}
-    for pairs in progress(estimands.batches([pair for pair, _ in twins.values()], subject), desc="computed"):
+    for pairs in progress(estimands.batches([pair for pair, _ in twins.values()], subject, runs=4), desc="computed"):
         both = pairs, [twins[one.pair.id][1] for one in pairs]
         harmful, harmless = (estimands.run_clean(subject, *order) for order in (both, both[::-1]))
         runs = {"10": harmful.control, "11": harmful.treated, "00": harmless.control, "01": harmless.treated}

@@ -107,10 +107,10 @@ def token_budget(subject: Subject, n_pos: int) -> int:
 def pairs_at_once(subject: Subject, n_pos: int) -> int:
     """How many pairs of this length run together: at most 64, fewer where a clean run would exceed 1 GiB.
 
-    Half of that on a processor, where two notebooks at once share the memory.
+    A quarter of that on a processor, where two notebooks at once share the memory.
     """
     one = sweep_memory(subject, 1, n_pos).clean_run
-    return max(1, min(BATCH, CLEAN_RUN_BYTES // ((2 if subject.device.type == "cpu" else 1) * one)))
+    return max(1, min(BATCH, CLEAN_RUN_BYTES // ((4 if subject.device.type == "cpu" else 1) * one)))
 
 
 def vocabulary_blocks(subject: Subject, n: int, each: int) -> list[slice]:

@@ -142,9 +142,11 @@ def test_batches_are_of_one_treatment_and_length(mixed: list[TokenPair], monkeyp
     assert lengths == [{9}, {11}]
     subject = tiny_subject("llama")
     need = memory.sweep_memory(subject, 1, 9).clean_run
-    for budget, sizes in ((10**9, [12]), (10 * need, [5, 5, 2]), (need, [1] * 12)):
+    for budget, sizes, halves in ((10**9, [12], [12]), (20 * need, [5, 5, 2], [2] * 6), (need, [1] * 12, [1] * 12)):
         monkeypatch.setattr(memory, "CLEAN_RUN_BYTES", budget)
-        assert [len(batch) for batch in estimands.batches(random_pairs(12, 9, 61), subject)] == sizes
+        for runs, wanted in ((2, sizes), (4, halves)):
+            made = estimands.batches(random_pairs(12, 9, 61), subject, runs=runs)
+            assert [len(batch) for batch in made] == wanted
 
 
 def test_rows_belong_to_their_pairs_whatever_the_batches(mixed: list, monkeypatch: pytest.MonkeyPatch) -> None:
