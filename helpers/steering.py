@@ -115,7 +115,9 @@ def adasteer_tries(lab: Lab) -> tuple[pd.DataFrame, pd.Series]:
             raise InputError(str(lab))
         late = comparison.zones(lab.subject.n_layers)["late"]
         laws, tried = adasteer.laws_of(lab.fit, tuple(late))
-        rules = [value for law in laws for value in (len(late) * law.rule.slope, len(late) * law.rule.offset, law.layer)]
+        rules = [
+            value for law in laws for value in (len(late) * law.rule.slope, len(late) * law.rule.offset, law.layer)
+        ]
         parts = [tried.pos_r, *tried.pos_h], [tried.needs, tried.harmful, tried.other]
     except InputError as error:
         print("for practice only:", error)
@@ -126,7 +128,9 @@ def adasteer_tries(lab: Lab) -> tuple[pd.DataFrame, pd.Series]:
                       "coefficient": np.repeat(grid, len(position)), "refused": chance.ravel() > 0.5})
         for law, kind, position, chance in zip(("v_R", "v_H", "v_H"), ("harmful", "harmful", "other"), *parts, strict=True)
     ]  # fmt: skip
-    return pd.concat(tables, ignore_index=True), pd.Series(rules, index=["w_r", "b_r", "read_r", "w_c", "b_c", "read_c"])
+    return pd.concat(tables, ignore_index=True), pd.Series(
+        rules, index=["w_r", "b_r", "read_r", "w_c", "b_c", "read_c"]
+    )
 
 
 @passes_on

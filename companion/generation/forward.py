@@ -38,7 +38,7 @@ KEPT_BYTES: Final = 2**30  # of the plain runs that are kept
 BATCH_BYTES: Final = KEPT_BYTES // 8  # of one plain run: a larger one would push out too many others
 BATCH = 128  # prompts
 FEWEST = 4  # prompts of a batch, below which reading them from the bottom costs less than many calls
-ROWS = 192  # of a batch, up to which steerings are put together
+ROWS = 384  # of a batch, up to which steerings are put together
 ALL, LAST = slice(None), slice(-1, None)  # positions
 # What is made of a group of prompts: their rows in the batch, the first token's logits, and the cache that was filled.
 Use = Callable[[Int[Tensor, "row"], Float[Tensor, "row vocab"], Any], Tensor]
