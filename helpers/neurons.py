@@ -14,6 +14,7 @@ from operator import eq
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
+from torch import Tensor
 
 from companion.base.display import NotDefined, passes_on
 from companion.base.files import EVIDENCE, write_table
@@ -27,7 +28,7 @@ from companion.mediation.summaries import cell_means
 from companion.model.activations import on_input as edit_input
 from companion.model.architecture import written_vectors
 from companion.model.readout import norm_gain
-from companion.neurons import adjacency, clamping, gating, sets, single
+from companion.neurons import adjacency, clamping, gating, screening, sets, single
 from companion.neurons.adjacency import morans_i
 from companion.neurons.gating import gate_tests
 from companion.neurons.single import PairEffects
@@ -35,7 +36,7 @@ from companion.prompts.pairs import Pair, shown
 from companion.prompts.tokens import TokenPair
 
 __all__ = ["all_curves", "common_words", "curve_table", "edit_input", "fires_on", "four_cells", "gate_and_up", "gate_cells",
-           "gate_tests", "indices", "joint_effects", "measure_gates", "measure_neurons", "moran",
+           "gate_tests", "gradient_estimates", "indices", "joint_effects", "measure_gates", "measure_neurons", "moran",
            "morans_i", "norm_gain", "settled", "strongest", "write_evidence",
            "write_gate_evidence", "written_vectors"]  # fmt: skip
 
@@ -82,6 +83,13 @@ def fires_on(found: Neurons, members: Int[np.ndarray, "neuron"]) -> pd.DataFrame
                 values = states.neurons[side][:, int(neuron)].tolist()
                 parts.append(pd.DataFrame({"neuron": neuron, "kind": kind, "value": values, "prompt": texts}))
     return pd.concat(parts, ignore_index=True)
+
+
+def gradient_estimates(study: Study, pair: TokenPair) -> Float[Tensor, "layer neuron"]:
+    """The gradient's estimate of every neuron's NIE0 at the last token of one pair, in log-odds."""
+    batch = run_clean(study.subject, [pair])
+    y1 = partial(screening.log_odds, study.subject, study.openers[pair.pair.treatment])
+    return screening.attribution(study.subject, batch.control, batch.treated, y1)[0]
 
 
 def joint_effects(

@@ -29,9 +29,9 @@ from companion.steering.comparison import DECISIVE
 from companion.steering.experiment import SteeringExperiment
 from companion.steering.trial import Trial, before_and_after, harm_at_equal_cost, paired_differences
 
-__all__ = ["Lab", "adasteer_laws", "adasteer_refusal", "adasteer_tries", "before_and_after", "harm_at_equal_cost", "label_prompts",
-           "paired_differences", "rejection_directions", "requests", "run_trial", "same_budget", "steered_outcomes", "summary",
-           "test_prompts", "write_evidence"]  # fmt: skip
+__all__ = ["Lab", "adasteer_laws", "adasteer_refusal", "adasteer_tries", "before_and_after", "harm_at_equal_cost",
+           "label_prompts", "paired_differences", "rejection_directions", "requests", "run_trial", "same_budget",
+           "steered_outcomes", "summary", "test_prompts", "write_evidence"]  # fmt: skip
 
 Lab = SteeringExperiment | NotDefined
 

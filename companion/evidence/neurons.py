@@ -38,6 +38,7 @@ class Neurons:
 
     measured: Measured
     table: pd.DataFrame
+    screen: pd.Series | NotDefined
 
     @property
     def primary(self) -> str:
@@ -76,9 +77,18 @@ def measure_neurons(study: Study, layers: Sequence[int] | None = None) -> Neuron
     measured = measure_all(_with_few_benign(study, BENIGN_PAIRS), columns)
     table = pd.concat([single.neuron_table(effects) for effects in measured.effects.values()], ignore_index=True)
     if is_exact:
-        return Neurons(measured, table)
-    guessed = screening.estimate_rows(below, chosen, measured.effects[summaries.primary(table)])
-    return Neurons(measured, pd.concat([table, guessed], ignore_index=True))  # estimates behind the exact rows
+        return Neurons(
+            measured, table, NotDefined("Every neuron of this model was measured exactly: there is no screen.")
+        )
+    # How far the screen can be trusted, and its estimates behind the exact rows.
+    effects = measured.effects[summaries.primary(table)]
+    place = pd.MultiIndex.from_frame(effects.columns).get_indexer(pd.MultiIndex.from_frame(chosen[["layer", "neuron"]]))
+    values = {name: array[:, place] for name, array in effects.values.items()}
+    trust = screening.screen_trust(
+        chosen, replace(effects, columns=chosen[["layer", "neuron"]], values=values), len(below)
+    )
+    guessed = screening.estimate_rows(below, chosen, effects)
+    return Neurons(measured, pd.concat([table, guessed], ignore_index=True), trust)
 
 
 def _with_few_benign(study: Study, n: int) -> Study:

@@ -1,4 +1,7 @@
-"""Neurons of large models: a gradient estimate for all of them, and an exact recheck of the top and of a random sample."""
+"""Neurons of large models: a gradient estimate for all of them, and an exact recheck of the top and of a random sample.
+
+How far the estimate can be trusted is measured on the recheck, every time.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from scipy import stats as st
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -134,3 +138,21 @@ def to_recheck(found: pd.DataFrame, top: int, random: int) -> pd.DataFrame:
     others = np.random.default_rng(0).permutation(order[top:])[:random]
     chosen = found.loc[[*order[:top], *others]].reset_index(drop=True)
     return chosen.assign(is_top=np.arange(len(chosen)) < min(top, len(found)))
+
+
+def screen_trust(chosen: pd.DataFrame, exact: PairEffects, n_neurons: int, top: int = 100) -> pd.Series:
+    """How good the screen was, by the exact effects of the rechecked neurons on discover: "rank correlation" and "recall".
+
+    `chosen` is `to_recheck`'s table, `exact` has the same columns. The rank correlation (Spearman, of sizes) is over the
+    random sample. Recall is of the `top` largest exact effects: how many the screen's top holds, against an estimate of
+    how many it missed (random neurons at least as large as the smallest of those, each standing for many).
+    """
+    size = abs(in_split(exact, "discover").nie.mean(0))
+    is_top = chosen.is_top.to_numpy()
+    sample = is_top if is_top.all() else ~is_top
+    held = np.sort(size[is_top])[::-1][:top]
+    weight = (n_neurons - is_top.sum()) / max(1, (~is_top).sum())
+    missed = weight * ((size[~is_top] >= held[-1]) & (size[~is_top] > 0)).sum()
+    recall = len(held) / (len(held) + missed)
+    correlation = st.spearmanr(chosen.estimate.abs()[sample], size[sample]).statistic
+    return pd.Series({"rank correlation": correlation, "recall": recall})

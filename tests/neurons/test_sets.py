@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from models import FAMILIES, VOCAB
@@ -23,7 +24,7 @@ from companion.mediation import estimands, outcomes
 from companion.mediation.estimands import Mediator
 from companion.mediation.study import Study
 from companion.neurons import adjacency, sets
-from companion.neurons.screening import attribution, estimates, is_small, to_recheck
+from companion.neurons.screening import attribution, estimates, is_small, screen_trust, to_recheck
 from companion.neurons.sets import measure_all
 from companion.neurons.single import FinalStates, PairEffects, all_neurons, in_split
 
@@ -200,6 +201,25 @@ def test_the_gradient_against_everything_else_is_that_of_the_lists() -> None:
                 found.append(estimates(replace(study, openers={"T2": openers}), "T2").estimate)
         np.testing.assert_allclose(*found, rtol=0, atol=1e-12)
         assert found[0].abs().max() > 1e-3
+
+
+def screened(estimate: np.ndarray, exact: np.ndarray, top: int = 50, random: int = 100) -> pd.Series:
+    found = pd.DataFrame({"layer": 0, "neuron": np.arange(len(exact)), "estimate": estimate})
+    chosen = to_recheck(found, top, random)
+    return screen_trust(chosen, made_effects(np.tile(exact[chosen.neuron], (12, 1))), len(exact), top=20)
+
+
+def test_how_far_a_screen_can_be_trusted() -> None:
+    rng = np.random.default_rng(0)
+    exact = rng.standard_t(3, size=2000)
+    good = screened(exact + 0.01 * rng.normal(size=2000), exact)
+    assert good["recall"] == 1.0 and good["rank correlation"] > 0.95
+    bad = screened(rng.normal(size=2000), exact)
+    assert abs(bad["rank correlation"]) < 0.4 and bad["recall"] < 0.8
+    half = screened(np.where(np.arange(2000) < 1000, exact, 0.0), exact, random=1000)  # saturated: no gradient
+    assert half["recall"] < 0.8
+    nothing = screened(exact, np.zeros(2000))
+    assert np.isnan(nothing["rank correlation"])
 
 
 def test_a_large_model_is_screened_and_what_is_rechecked() -> None:
