@@ -1,6 +1,6 @@
 """Random-weight folders of the nine families, each sent through all notebooks by the command that users type.
 
-    OMP_NUM_THREADS=1 python -m tests.test_nine_families                   # all of them; docs/families.md has the output
+    OMP_NUM_THREADS=1 python -m tests.test_nine_families                   # all of them; docs/families.md says what came out
     OMP_NUM_THREADS=1 python -m tests.test_nine_families --families gpt2 --only 03
 
 Random weights mean nothing: what is shown is that each notebook runs on each architecture, with prompts of its own. The
@@ -96,7 +96,8 @@ def through(family: str, flags: Sequence[str], folder: Path) -> bool:
     start = time.monotonic()
     command = [sys.executable, "-m", "companion.run.cli", *flags]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | places, capture_output=True, text=True, check=False)
-    made = [line.split("] ")[1].split()[0][:2] for line in done.stdout.splitlines() if line.startswith("[")]
+    ended = [line for line in done.stdout.splitlines() if line.startswith("[") and not line.endswith("...")]
+    made = [line.split("] ")[1].split("_")[0] for line in ended]
     verdict = f"notebooks {' '.join(made)}" if done.returncode == 0 else f"FAILED: {done.stderr.strip()}"
     n_files, leaks = texts_in(folder, done.stdout + done.stderr)
     shown = f"PROMPT TEXTS in {', '.join(leaks)}" if leaks else f"no prompt text in {n_files} files"
