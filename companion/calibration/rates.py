@@ -18,8 +18,10 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from statsmodels.stats.proportion import proportion_confint
 
 from companion.base import paths
+from companion.base.thresholds import COMPUTED, KEPT_BY_FIRST_TOKEN, MLP_SHARE_WITH_OWN
 from companion.calibration.campaign import read_shipped
 from companion.claims.ledger import Rates, rule_name
+from companion.claims.verdict import AT_LEAST, PSI
 from companion.stats.clusters import rate
 
 COUNTED = ("hits", "n", "estimate", "low", "high")  # a rate with its 95 % interval (Wilson)
@@ -27,8 +29,11 @@ RIGHT = {"true": "supported", "false": "contradicted"}
 ROUNDING = 1e-3  # the model's norms and float32 move a share by about 1e-4 from the closed form's value
 FRESH_LATER, FRESH_LAST = 200, 300  # first seeds of models planned after the correction of C1, and of C4
 # What the true value of a claim must be so that its rule may say supported, or contradicted.
-SUPPORTED_FROM = {"C1*": 0.5, "C2*": 0.6, "C3*": 0.3, "C4*": 0.6, "C5a*": 0.3, "C5b*": 0.6, "C5c*": 0.8}
-CONTRADICTED_TO = {"C1*": 0.4, "C2*": 0.5, "C3*": 0.1, "C4*": 0.4, "C5a*": 0.15, "C5b*": 0.2, "C5c*": 0.4}
+ASKED = {
+    "C1*": COMPUTED, "C2*": "MLP share of direct effects", "C3*": PSI, "C4*": MLP_SHARE_WITH_OWN, "C5a*": "psi1",
+    "C5b*": "gate index", "C5c*": KEPT_BY_FIRST_TOKEN,
+}  # fmt: skip
+SUPPORTED_FROM, CONTRADICTED_TO = ({claim: AT_LEAST[name][side] for claim, name in ASKED.items()} for side in (0, 1))
 BIN = 0.05  # of the true value, in `support_curve`
 JUDGED_FROM = {"C1": FRESH_LATER, "C4": FRESH_LAST}  # the corrected rule, that is
 # Planned before the correction of C1, but measured only afterwards.

@@ -53,7 +53,7 @@ def corrected_c1(rows: Rows) -> Verdict:
         "unsaturated pairs": same_side(rows, "C1", COMPUTED, "unsaturated", 0.5),
     }
     is_later = centroid is not None and centroid.ci_low >= 0.05
-    decision = decide(supported=share.ci_low >= 0.50 and is_later, contradicted=share.ci_high <= 0.40)
+    decision = decide(supported=verdict.is_high(share) and is_later, contradicted=verdict.is_low(share))
     reason = f"late share {interval(share)} of what is computed; "
     if centroid is None:
         return conclude(rows, share, decision, checks, reason + registered.NO_BENIGN)
@@ -87,7 +87,7 @@ def corrected_c2(rows: Rows) -> Verdict:
     if direct is None:
         return registered.rule_c2(rows)  # which says what was not measured
     checks = {name: control(rows.find("C2", "MLP share of NIE", name)) for name in ("per patch norm", "per parameter")}
-    decision = decide(supported=direct.ci_low >= 0.60, contradicted=direct.ci_high <= 0.50)
+    decision = decide(supported=verdict.is_high(direct), contradicted=verdict.is_low(direct))
     return conclude(rows, direct, decision, checks, f"MLP share {interval(direct)} of direct effects")
 
 

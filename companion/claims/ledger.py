@@ -21,19 +21,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats as st
 
-from companion.base import thresholds
-from companion.base.thresholds import (
-    COMPUTED,
-    KEPT_BY_FIRST_TOKEN,
-    MARGINS,
-    MLP_SHARE,
-    MLP_SHARE_WITH_OWN,
-    POINTS,
-    UNTRAINED,
-)
+from companion.base.thresholds import MARGINS, POINTS, UNTRAINED
 from companion.claims import registered_rules as registered
 from companion.claims.corrected_rules import STATEMENTS, corrected_verdicts
-from companion.claims.verdict import Rows, Verdict, precondition
+from companion.claims.verdict import AT_LEAST, Rows, Verdict, precondition
 
 Rates = Mapping[str, Mapping[str, Mapping[str, Any]]]  # by claim and kind of error: hits, n, rate, upper
 CORRECTED = "*"  # behind a claim's name: its corrected rule
@@ -62,14 +53,7 @@ OPPOSITE = {
     "C7": ("The order of neurons says nothing.", "Moran's I at most 0.05, as after a permutation (04)"),
 }  # fmt: skip
 LEVEL = 0.05
-# By quantity that a verdict shows: supported from here, contradicted up to here; then those that must be small, the other way.
-AT_LEAST = {
-    COMPUTED: (0.5, 0.4), "late share": (0.5, 0.4), "MLP share of direct effects": (0.6, 0.5), "MLP share of NIE": (0.6, 0.5),
-    registered.PSI: (0.3, 0.1), MLP_SHARE: (0.6, 0.4), MLP_SHARE_WITH_OWN: (0.6, 0.4), "psi1": (0.3, 0.15),
-    "gate index": (thresholds.GATE_LOW, thresholds.GATE_HIGH), "gate index, form": (thresholds.GATE_LOW, thresholds.GATE_HIGH),
-    KEPT_BY_FIRST_TOKEN: (0.8, 0.4), "advantage over early": (0.0, POINTS), "advantage over mid": (0.0, POINTS),
-    "Moran's I": (0.05, 0.05),
-}  # fmt: skip
+# By quantity that must be small: supported up to here, contradicted from here on.
 AT_MOST = {
     "harm change": (0.0, -POINTS),
     "harmless loss": (POINTS, POINTS),

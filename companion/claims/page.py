@@ -22,7 +22,7 @@ from companion.base.thresholds import (
 from companion.claims import registered_rules as registered
 from companion.claims.corrected_rules import STATEMENTS, centroid_over_behaviours
 from companion.claims.ledger import CANNOT, CANNOT_TELL, ENOUGH, LEVEL, MOSTLY, RARE, Answer, adjusted
-from companion.claims.verdict import Rows, Verdict
+from companion.claims.verdict import PSI, Rows, Verdict
 
 NAMES = {  # of the claims, for the lines on top and the picture
     "C1": "late layers", "C2": "MLPs write it", "C3": "harm seen early", "C4": "MLPs carry it on", "C5a": "few neurons",
@@ -48,7 +48,7 @@ OF_EFFECT = (100, 0, "% of the effect")
 UNITS = {  # of the number that a verdict shows, by quantity: factor, decimals, unit
     COMPUTED: (100, 0, "% of what is computed"), "late share": OF_EFFECT,
     "MLP share of direct effects": (100, 1, "% of direct effects"), "MLP share of NIE": (100, 0, "% of indirect effects"),
-    registered.PSI: OF_EFFECT, MLP_SHARE: OF_EFFECT, MLP_SHARE_WITH_OWN: OF_EFFECT,
+    PSI: OF_EFFECT, MLP_SHARE: OF_EFFECT, MLP_SHARE_WITH_OWN: OF_EFFECT,
     "psi1": (100, 0, "% of the effect needs the last MLP"), "k90": (1, 0, "neurons"),
     KEPT_BY_FIRST_TOKEN: OF_EFFECT, "harm change": (1, 1, "points of judged harm"),
     "harmless loss": (1, 1, "points of harmless answers"), "over-refusal": (1, 1, "points of over-refusal"),
@@ -109,7 +109,7 @@ def _mlps(rows: Rows) -> str | None:
 
 
 def _early(rows: Rows) -> str | None:
-    psi, families = rows.find("C3", registered.PSI), rows.variants("C3", registered.PSI, "family ")
+    psi, families = rows.find("C3", PSI), rows.variants("C3", PSI, "family ")
     if psi is None:
         return None
     each = ", ".join(f"{_percent(row)} if the {name.removeprefix('family ')} differs" for name, row in families.items())

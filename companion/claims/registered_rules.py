@@ -17,14 +17,13 @@ import pandas as pd
 from companion.base import thresholds
 from companion.base.thresholds import GATE_HIGH, KEPT_BY_FIRST_TOKEN, MIN_BENIGN, MLP_SHARE, POINTS, UNTRAINED
 from companion.claims import verdict
-from companion.claims.verdict import Rows, Verdict, conclude, control, decide, interval, same_side
+from companion.claims.verdict import PSI, Rows, Verdict, conclude, control, decide, interval, is_high, is_low, same_side
 
 NO_EFFECT = "no component has a positive effect on the discover split"
 NO_NEURONS = "single neurons were not measured: run notebook 04b (a mixture of experts has no such neurons)"
 NO_BENIGN = "no benign behaviour to compare with"
 PROBE, ORDER = "probe above chance on held-out topics", "random order"  # controls
 
-PSI = "psi0 early, shared tokens"
 PSI_MIDDLE = 0.225  # half way between the two thresholds of psi1
 INDEX_MIDDLE = 0.4  # half way between the two thresholds of the gate index
 SPECIFIC = 0.2  # benign answers changed, as a share of the effect on harmful ones
@@ -56,24 +55,24 @@ def rule_c1(rows: Rows) -> Verdict:
     }
     decision = decide(
         supported=_is_late(share, centroid),
-        contradicted=share.ci_high <= 0.40 or (centroid is not None and centroid.ci_high <= 0),
+        contradicted=is_low(share) or (centroid is not None and centroid.ci_high <= 0),
     )
     reason = f"late share {interval(share)}; "
     reason += NO_BENIGN if centroid is None else f"depth centroid, harm - benign: {interval(centroid)}"
     made = conclude(rows, share, decision, checks, reason)
     earliest = rows.find("gate", "earliest possible depth")
     imposed = ("architecture-imposed",) if earliest is not None and earliest.estimate > thresholds.EARLY else ()
-    return replace(made, tags=(*imposed, *made.tags, *_robust(rows, made, "late share", 0.50)))
+    return replace(made, tags=(*imposed, *made.tags, *_robust(rows, made, "late share")))
 
 
 def _is_late(share: pd.Series | None, centroid: pd.Series | None) -> bool:
-    return share is not None and centroid is not None and share.ci_low >= 0.50 and centroid.ci_low >= 0.05
+    return share is not None and centroid is not None and is_high(share) and bool(centroid.ci_low >= 0.05)
 
 
-def _robust(rows: Rows, made: Verdict, quantity: str, least: float) -> tuple[str, ...]:
+def _robust(rows: Rows, made: Verdict, quantity: str) -> tuple[str, ...]:
     """The tag of a supported claim that the full-response outcome and each direction alone would support too."""
     found = [rows.find(made.claim, quantity, variant) for variant in ("full response", "sufficiency", "necessity")]
-    is_robust = made.verdict == "supported" and all(row is not None and row.ci_low >= least for row in found)
+    is_robust = made.verdict == "supported" and all(row is not None and is_high(row) for row in found)
     return ("robust",) if is_robust else ()
 
 
@@ -90,22 +89,21 @@ def rule_c2(rows: Rows) -> Verdict:
         "unsaturated pairs": same_side(rows, "C2", "MLP share of NIE", "unsaturated", 0.5),
         **{name: control(rows.find("C2", "MLP share of NIE", name)) for name in sizes},
     }
-    decision = decide(
-        supported=min(total.ci_low, direct.ci_low) >= 0.60, contradicted=max(total.ci_high, direct.ci_high) <= 0.50
-    )
+    both = total, direct
+    decision = decide(supported=all(map(is_high, both)), contradicted=all(map(is_low, both)))
     flips = [
         name for name in sizes
-        if "failed" in [same_side(rows, "C2", str(raw.quantity), name, 0.5) for raw in (total, direct)]
+        if "failed" in [same_side(rows, "C2", str(raw.quantity), name, 0.5) for raw in both]
     ]  # fmt: skip
     reason = f"MLP share {interval(direct)} of direct effects, {interval(total)} of indirect effects"
     reason += "" if (total.estimate > 0.5) == (direct.estimate > 0.5) else "; the two disagree"
     sides = f"the side changes {' and '.join(flips)}" if flips else "no normalisation moves either across one half"
     reason += f"; {sides}"
     # Shown is the share that decides: both must pass, so the one that is further from doing so.
-    lowest, highest = min(total, direct, key=lambda row: row.ci_low), max(total, direct, key=lambda row: row.ci_high)
+    lowest, highest = min(both, key=lambda row: row.ci_low), max(both, key=lambda row: row.ci_high)
     made = conclude(rows, highest if decision == "contradicted" else lowest, decision, checks, reason)
     dependent = ("normalisation-dependent",) if flips else ()
-    return replace(made, tags=(*dependent, *made.tags, *_robust(rows, made, "MLP share of NIE", 0.60)))
+    return replace(made, tags=(*dependent, *made.tags, *_robust(rows, made, "MLP share of NIE")))
 
 
 def rule_c3(rows: Rows, for_support: Collection[str] = (), *, by_family: bool = False) -> Verdict:
@@ -125,14 +123,16 @@ def rule_c3(rows: Rows, for_support: Collection[str] = (), *, by_family: bool = 
     families = rows.variants("C3", PSI, "family ")
     asked = list(families.values()) if by_family and families else [psi]
     decision = decide(
-        supported=all(row.ci_low >= 0.30 for row in asked) and gain.estimate >= 0.05 and gain.ci_low > 0,
-        contradicted=all(row.ci_high <= 0.10 for row in asked),
+        supported=all(map(is_high, asked)) and gain.estimate >= 0.05 and gain.ci_low > 0,
+        contradicted=all(map(is_low, asked)),
     )
     reason = f"psi0 {interval(psi)} on tokens that do not differ; probe beats bag of tokens by {interval(gain)} AUROC"
     for name, row in families.items():
-        side = " early" if row.ci_low >= 0.30 else " not early" if row.ci_high <= 0.10 else " undecided"
+        side = " early" if is_high(row) else " not early" if is_low(row) else " undecided"
         reason += f"; {name} {interval(row)}{side if by_family else ''}"
-    tags = ("families differ",) if len({row.estimate >= 0.30 for row in families.values()}) > 1 else ()
+    tags = (
+        ("families differ",) if len({row.estimate >= verdict.AT_LEAST[PSI][0] for row in families.values()}) > 1 else ()
+    )
     strongest, weakest = max(asked, key=lambda row: row.ci_high), min(asked, key=lambda row: row.ci_low)
     shown = strongest if strongest.ci_high < 0.30 else weakest
     return conclude(rows, shown, decision, checks, reason, for_support=for_support, tags=tags)
@@ -158,7 +158,7 @@ def rule_c4(
         "final norm frozen": same_side(rows, "C4", carried, "norm frozen", 0.5),
         "unsaturated pairs": same_side(rows, "C4", carried, "unsaturated", 0.5),
     }
-    decision = decide(supported=share.ci_low >= 0.60, contradicted=share.ci_high <= 0.40)
+    decision = decide(supported=is_high(share), contradicted=is_low(share))
     parts = [f"MLPs {where} carry {interval(share)} of the effect"]
     shares = {name: rows.find("C4", f"share of {name}") for name in others}
     parts += [f"{name} {interval(row)}" for name, row in shares.items() if row is not None]
@@ -192,10 +192,10 @@ def rule_c5a(rows: Rows, for_support: Collection[str] = ()) -> Verdict:
         sparsity += f"(sparse: at most {few:g}, distributed: at least {many:g}), "
         sparsity += f"benign median {np.median(benign):g}" if benign else NO_BENIGN
     decision = decide(
-        supported=psi.ci_low >= 0.30 and is_sparse,
-        contradicted=psi.ci_high <= 0.15 or (k90 is not None and k90.estimate >= many),
+        supported=is_high(psi) and is_sparse,
+        contradicted=is_low(psi) or (k90 is not None and k90.estimate >= many),
     )
-    shown = psi if k90 is None or not psi.ci_low >= 0.30 else k90
+    shown = psi if k90 is None or not is_high(psi) else k90
     reason = f"psi1 of the last MLP {interval(psi)}; {sparsity}"
     return conclude(rows, shown, decision, checks, reason, for_support=for_support)
 
@@ -284,7 +284,7 @@ def rule_c5c(rows: Rows, labels: str = "main") -> Verdict:
         "benign answers": "not run" if effect is None or benign is None else "passed",
         "full response": same_side(rows, "C5c", KEPT_BY_FIRST_TOKEN, "full response", 0.6, labels),
     }
-    decision = decide(supported=kept.ci_low >= 0.8 and is_specific, contradicted=kept.ci_high <= 0.4)
+    decision = decide(supported=is_high(kept) and is_specific, contradicted=is_low(kept))
     reason = f"the first token alone keeps {interval(kept)} of the effect on all tokens"
     reason += f" ({kept.note})" if kept.note else ""
     if effect is not None:
@@ -376,7 +376,7 @@ def rule_c7(rows: Rows) -> Verdict:
     reason = f"Moran's I {moran.estimate:.3f} [{moran.ci_low:.3f}, {moran.ci_high:.3f}] ({moran.note})"
     if window is not None and p is not None:
         reason += f"; best window - best random group {interval(window)} of TE, permutation p {p.estimate:.2f}"
-    decision = decide(supported=moran.ci_low >= 0.05, contradicted=moran.ci_high <= 0.05)
+    decision = decide(supported=is_high(moran), contradicted=is_low(moran))
     return conclude(rows, moran, decision, checks, reason)
 
 

@@ -15,6 +15,16 @@ import pandas as pd
 from companion.base import thresholds
 from companion.base.thresholds import FLOAT32_BITS, MIN_BENIGN, MIN_JOINT, MIN_TOPICS, MIN_TOTAL_EFFECT
 
+PSI = "psi0 early, shared tokens"
+# By quantity that a verdict shows: supported if the whole interval lies from here on, contradicted if it lies up to here.
+AT_LEAST = {
+    thresholds.COMPUTED: (0.5, 0.4), "late share": (0.5, 0.4), "MLP share of direct effects": (0.6, 0.5),
+    "MLP share of NIE": (0.6, 0.5), PSI: (0.3, 0.1), thresholds.MLP_SHARE: (0.6, 0.4), thresholds.MLP_SHARE_WITH_OWN: (0.6, 0.4),
+    "psi1": (0.3, 0.15), "gate index": (thresholds.GATE_LOW, thresholds.GATE_HIGH),
+    "gate index, form": (thresholds.GATE_LOW, thresholds.GATE_HIGH), thresholds.KEPT_BY_FIRST_TOKEN: (0.8, 0.4),
+    "advantage over early": (0.0, thresholds.POINTS), "advantage over mid": (0.0, thresholds.POINTS), "Moran's I": (0.05, 0.05),
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -64,6 +74,16 @@ class Verdict:
     controls: Mapping[str, str] | None = None
     tags: tuple[str, ...] = ()
     rule: str = "registered"
+
+
+def is_high(row: pd.Series) -> bool:
+    """Whether the whole interval lies where its quantity supports a claim."""
+    return bool(row.ci_low >= AT_LEAST[str(row.quantity)][0])
+
+
+def is_low(row: pd.Series) -> bool:
+    """Whether the whole interval lies where its quantity contradicts a claim."""
+    return bool(row.ci_high <= AT_LEAST[str(row.quantity)][1])
 
 
 def control(row: pd.Series | None, holds: Callable[[pd.Series], bool] = lambda row: True) -> str:

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from rows import FINE, LATER, REGISTERED, TWIN, row, table
 
-from companion.base import files, thresholds
+from companion.base import files, paths, thresholds
 from companion.base.paths import NOTEBOOKS
 from companion.base.thresholds import UNTRAINED
 from companion.claims import ledger, page
@@ -17,6 +17,7 @@ from companion.claims.corrected_rules import STATEMENTS
 from companion.claims.ledger import AT_LEAST, AT_MOST, Answer, adjusted, p_value
 from companion.claims.registered_rules import POINTS
 from companion.claims.verdict import Verdict
+from helpers import claims
 
 # ---- ledger ----
 
@@ -34,6 +35,13 @@ def test_the_ledger_covers_every_claim_once_and_no_twin() -> None:
     assert all(one.verdict == "not testable" and "run notebook 0" in one.reason for one in made[3:9])
     first = {one.model: one for one in made if one.claim == "C1"}  # a twin belongs to its own model
     assert first["a"].verdict == "supported" and (first["b"].controls or {})["untrained twin"] == "not run"
+
+
+@pytest.mark.parametrize("run", sorted(path.parent.name for path in paths.RESULTS.glob("*/claims.csv")))
+def test_committed_verdicts_are_what_the_rules_of_today_say_of_the_committed_evidence(run: str) -> None:
+    judged, committed = claims.judge_run(run), pd.read_csv(paths.RESULTS / run / "claims.csv")
+    today = pd.DataFrame([(one.model, one.claim, one.rule, one.verdict, one.reason) for one in judged.verdicts])
+    assert today.to_numpy().tolist() == committed[["model", "claim", "rule", "verdict", "reason"]].to_numpy().tolist()
 
 
 def test_evidence_and_records_survive_their_files(tmp_path: Path) -> None:
