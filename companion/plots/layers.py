@@ -31,7 +31,7 @@ ROWS = {
     "T1": "T1: request turns harmful",
     "T2": "T2: jailbreak wrapper, harmful request",
     "T2b": "T2b: the same, harmless request",
-    "T2-T2b": "T2 − T2b: on harm alone",
+    "T2-T2b": "T2 − T2b: harmful beyond harmless",
 }
 SPLITS = ("discover", "validate", "test")
 CENTROID_MARGIN = 0.05  # by which harm must be later for C1
@@ -246,7 +246,7 @@ SPECS = (
     spec("02_computed", layer_map, "C1", {"panel": "str", "site": "str", **BY_LAYER},
          "Attention and MLP outputs by layer, above what passes through them, below what they compute from wrapper and "
          "request together, both as percent of the total effect",
-         panel="panel", title="What only passes through, and what is computed?"),
+         panel="panel", title="What passes through, and what is computed?"),
     spec("02_early", read_and_carried, "C3", {"what": "str", **BY_LAYER},
          "By layer, how well a probe on shared tokens tells harmful from harmless requests, the same for the words "
          "alone, and the share of the total effect that these tokens carry, with early layers hatched"),
