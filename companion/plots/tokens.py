@@ -83,7 +83,7 @@ def carriers(table: pd.DataFrame) -> Figure:
     ax.set_xlim(table.layer.min() - 0.5, table.layer.max() + 0.5)
     low, high = ax.get_ylim()
     ax.set_ylim(max(low, SHARES[0]), min(high, SHARES[1]))
-    for at in table.hand_over.dropna().astype(int)[:1]:
+    for at in table.get("hand_over", table.layer[:0]).dropna().astype(int)[:1]:
         ax.axvline(at, color="black", lw=0.9, ls="--", label=f"hand-over: layer {at}")
         ax.legend()
     return figure
@@ -109,7 +109,7 @@ SPECS = (
     spec("05_groups", groups, "C4", {"treatment": "str", "group": "str", "earliest": "float", **BY_LAYER},
          "Share of the total effect in the residual stream of each group of tokens after each layer, one panel a treatment: "
          "it leaves the words that differ and ends in the last token; hatched where no difference can have arrived"),
-    spec("05_carriers", carriers, "C4", {"path": "str", "hand_over": "float", **BY_LAYER},
+    spec("05_carriers", carriers, "C4", {"path": "str", **BY_LAYER},
          "Share of the last token's effect that needs attention, that MLPs carry without it, and that needs neither, from each "
          "layer on"),
     spec("05_timing", timing, "C5c", {"clamp": "str", "schedule": "str", "n": "int", **ESTIMATE},
