@@ -51,7 +51,7 @@ class Begun:
 
 
 def together(begun: Sequence[Begun]) -> Begun:
-    """All of them as one batch, padded on the left to the longest; their own caches are used up."""
+    """All of them as one batch, padded on the left to the longest."""
     if len(begun) == 1:
         return begun[0]
     n_pos, cache = max(int(one.length.max()) for one in begun), DynamicCache()
@@ -62,8 +62,6 @@ def together(begun: Sequence[Begun]) -> Begun:
     for layer in range(len(begun[0].cache.layers)):
         held = [one.cache.layers[layer] for one in begun]
         cache.update(padded([x.keys for x in held]), padded([x.values for x in held]), layer)
-        for x in held:
-            del x.keys, x.values  # so that only one layer is there twice
     length, logits = (torch.cat([getattr(one, name) for one in begun]) for name in ("length", "logits"))
     real = torch.arange(n_pos, device=length.device) >= n_pos - length[:, None]
     return Begun(np.concatenate([one.places for one in begun]), logits, cache, length, real)
