@@ -242,6 +242,14 @@ def test_the_tries_hold_what_the_laws_are_fitted_from_and_practice_where_there_a
     assert practice.refused[practice.kind == "harmful"].all() and simple.to_dict()["b_c"] == tries.coefficient.max()
 
 
+def test_the_librarys_adasteer_starts_at_the_plain_model_and_moves_it(ten_pairs, lab):
+    text = lab.fit.prompts.text[lab.fit.harmful].iloc[0]
+    plain = float(steering.steered_outcomes(ten_pairs, [text], {}).p_refuse.iloc[0])
+    none, full = (steering.adasteer_refusal(lab, text, strength) for strength in (0.0, 1.0))
+    assert none == pytest.approx(plain, abs=1e-6) and abs(full - plain) > 1e-4
+    assert steering.adasteer_refusal(WHY, text, 1.0) is WHY
+
+
 def test_what_is_not_defined_goes_through_with_its_reason(ten_pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "RESULTS", tmp_path)
     made = steering.run_trial(WHY)
