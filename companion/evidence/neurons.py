@@ -69,7 +69,8 @@ def measure_neurons(study: Study, layers: Sequence[int] | None = None) -> Neuron
     else:
         name = "T2-T2b" if study.twins else (generation or [study.treatments[0]])[0]
         below = screening.below_the_last(study, name)
-        chosen = screening.to_recheck(below, n := screening.RECHECKED[study.is_costly], n)
+        n = screening.RECHECKED_SMOKE if study.is_quick else screening.RECHECKED[study.is_costly]
+        chosen = screening.to_recheck(below, n, n)
         wide = pd.concat([last, chosen[["layer", "neuron"]]]).sort_values(["layer", "neuron"], ignore_index=True)
     columns = {name: wide if name in generation or not generation else last for name in study.treatments}
     if study.is_costly and generation:

@@ -87,9 +87,19 @@ class Study:
         return replace(self, pairs=kept) if self.is_costly and kept else self
 
     @property
+    def is_quick(self) -> bool:
+        """Whether it is a look at a costly study, in the smoke profile: as little of everything as makes every table."""
+        return self.is_smoke and self.is_costly
+
+    @property
+    def answer_steps(self) -> int:
+        """Tokens of an answer."""
+        return 8 if self.is_quick else outcomes.STEPS
+
+    @property
     def thinned_layers(self) -> tuple[int, ...]:
         """All layers, or every third (smoke: tenth) from the last one down where each is costly, for what no verdict rests on."""
-        last, step = self.subject.n_layers - 1, (10 if self.is_smoke else 3) if self.is_costly else 1
+        last, step = self.subject.n_layers - 1, 10 if self.is_quick else 3 if self.is_costly else 1
         return tuple(range(last % step, last + 1, step))
 
     def subsample(self, n: int) -> Study:

@@ -228,6 +228,7 @@ def sets_of(study: Study, table: pd.DataFrame, treatment: str) -> dict[str, Neur
     d_mlp, last = study.subject.d_mlp, study.subject.n_layers - 1
     size = min(d_mlp, few_neurons(d_mlp))
     rows = table[(table.treatment == treatment) & (table.split == "discover")]
+    rows = rows[rows.layer.isin(study.thinned_layers)] if study.is_quick else rows
     layers = rows.assign(moves=(rows.nie0 != 0) | (rows.nie1 != 0)).groupby("layer")["moves"].agg(["size", "any"])
     found = {}
     for layer in layers.index[layers["any"] & (layers["size"] >= size)].tolist():

@@ -29,6 +29,7 @@ from companion.prompts.tokens import Openers, TokenPair
 
 EXACT_LIMIT = 1 << 14  # neurons in all layers together that are measured one by one
 RECHECKED = {False: 500, True: 50}  # neurons of the top, and as many random ones; fewer where each pair is costly
+RECHECKED_SMOKE = 10  # the same in the smoke profile of a costly study
 
 
 def attribution(

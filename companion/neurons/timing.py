@@ -257,7 +257,7 @@ def _text_log_prob(
 
 @torch.no_grad()
 def clamped_answers(
-    study: Study, lists: Sequence[Sequence[TokenPair]], arms: Sequence[Arm], steps: int = outcomes.STEPS,
+    study: Study, lists: Sequence[Sequence[TokenPair]], arms: Sequence[Arm], steps: int | None = None,
     known: Controls | None = None,
 ) -> list[pd.DataFrame]:  # fmt: skip
     """Greedy answers to the treated prompts of each list in each arm (clamp, schedule), labelled: a row a pair and arm.
@@ -273,7 +273,9 @@ def clamped_answers(
     home = {id(pair): i for i, one in enumerate(lists) for pair in one}  # one pair may be in two lists, as two objects
     embedded = [labels.is_embedded(pair.pair.treated for pair in one) for one in lists]
     for group in progress(estimands.batches(pairs, subject, mixed=True), desc="answers"):
-        made, known[tuple(pair.pair.id for pair in group)] = _batch_answers(subject, group, arms, steps)
+        made, known[tuple(pair.pair.id for pair in group)] = _batch_answers(
+            subject, group, arms, steps or study.answer_steps
+        )
         kinds = [(home[id(pair)], pair.pair.treatment) for pair in group]
         for kind in dict.fromkeys(kinds):
             at = np.array([other == kind for other in kinds])
