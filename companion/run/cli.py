@@ -98,7 +98,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise InputError("--executor and --set go with --shards")
     flags.models = str(COMMITTED) if flags.all else flags.models
     chosen = (flags.model, flags.prompts, flags.adapter, flags.tokenizer, flags.name, flags.models)
-    flags.may_fall_back = chosen == (None,) * len(chosen)
+    flags.may_fall_back = set(chosen) == {None}
     flags.model = named(runner.DEFAULTS["MODEL"] if flags.model is None else flags.model, ORGANISM)
     flags.prompts = named(settings.default_prompts(flags.model) if flags.prompts is None else flags.prompts, PROMPTS)
     flags.judge = None if flags.judge is None else named(flags.judge, ORGANISM)
@@ -225,7 +225,7 @@ def lab_environment() -> dict[str, str]:
 
 
 def run_alone(flags: argparse.Namespace) -> int | None:
-    """Do what a flag asks for that runs no notebook: --test, --book, --lab, --recalibrate; None if none was given."""
+    """Do what a flag asks for that runs no notebook; None if none of these was given."""
     if flags.test:
         from companion.run import checks
 
@@ -239,10 +239,8 @@ def run_alone(flags: argparse.Namespace) -> int | None:
     if flags.recalibrate:
         from companion.calibration import draws, plants, truths
 
-        draws.run_draws(flags.recalibrate)
-        draws.run_population(flags.recalibrate)
-        truths.run_knock_outs(flags.recalibrate)
-        plants.run_real_plants(flags.recalibrate)
+        for measure in (draws.run_draws, draws.run_population, truths.run_knock_outs, plants.run_real_plants):
+            measure(flags.recalibrate)
         return 0
     return None
 
@@ -290,11 +288,10 @@ def list_command(flags: argparse.Namespace) -> int:
     """Print the notebooks in reading order: number, last wall time, whether it is up to date, title."""
     plan = runner.make_plan(resolved(flags))
     times = run_times(plan.results)
-    for number in sorted(plan.paths):
-        stem = plan.paths[number].stem
-        seconds = f"{times[stem]} s" if stem in times else "-"
+    for number, path in sorted(plan.paths.items()):
+        seconds = f"{times[path.stem]} s" if path.stem in times else "-"
         state = "stale" if number in plan.stale else "fresh"
-        print(f"{stem:<16} {seconds:>6}  {state}  {notebook_title(plan.notebooks[number])}")
+        print(f"{path.stem:<16} {seconds:>6}  {state}  {notebook_title(plan.notebooks[number])}")
     return 0
 
 
@@ -320,12 +317,10 @@ def one_command(asked: argparse.Namespace) -> int:
 
 def models_command(flags: argparse.Namespace) -> int:
     """Do the same for every entry of a list of models; all entries are checked before the first one starts."""
-    plain = parse([])
-    given = [name for name in KEYS if getattr(flags, name) != getattr(plain, name)]
-    if given:
-        raise InputError(
-            f"--{'all' if flags.all else 'models'} goes without --{given[0]}: write it into a list for --models"
-        )
+    plain, flag = parse([]), "--all" if flags.all else "--models"
+    for name in KEYS:
+        if getattr(flags, name) != getattr(plain, name):
+            raise InputError(f"{flag} goes without --{name}: write it into a list for --models")
     path = folders.from_caller(flags.models).resolve()
     entries = read_model_list(path)
     os.environ["COMPANION_CALLER"] = str(path.parent)  # folders in the list count from its own
@@ -350,12 +345,11 @@ def run_list(runs: Mapping[str, Callable[[], int]]) -> int:
     for place, (slug, run) in enumerate(runs.items(), start=1):
         print(f"{'' if place == 1 else chr(10)}=== model {place} of {len(runs)}: {slug}", flush=True)
         try:
-            status = run()
+            failed += [slug] if run() else []
         except Exception as error:  # Ctrl-C is none, and stops the list
             kind = "" if isinstance(error, InputError | OSError) else f"{type(error).__name__}: "
             print(f"{slug}: {kind}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
-            status = 2
-        failed += [slug] if status else []
+            failed.append(slug)
     print(f"\n{len(runs) - len(failed)} of {len(runs)} models finished", flush=True)
     if failed:
         print(f"not finished: {', '.join(failed)}; the same command tries these again", file=sys.stderr)

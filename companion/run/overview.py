@@ -35,11 +35,8 @@ QUESTIONS = {
 }
 ANSWERS = dict.fromkeys(("model", "claim", "name", "answer", "number", "grade"), "str")
 SAYS = {
-    "supported": "holds",
-    "contradicted": "does not hold",
-    "inconclusive": "undecided",
-    "not testable": "not measured",
-}
+    "supported": "holds", "contradicted": "does not hold", "inconclusive": "undecided", "not testable": "not measured",
+}  # fmt: skip
 SHORT = ("claim", "verdict", "estimate", "ci_low", "ci_high", "answer", "grade")  # columns of a table for the terminal
 DEFAULT = REFUSES  # the run whose page the joined one is
 

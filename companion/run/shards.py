@@ -23,7 +23,6 @@ from companion.base.paths import PARTS, relative
 from companion.run import notebooks
 from companion.run.runner import Plan, lock_file, only_run
 
-SHARDED = ("02", "03")  # the notebooks whose sweeps can be shared
 ERROR = re.compile(r"[A-Za-z_][\w.]*: \S")  # how most programs begin the line that says what was wrong
 
 
@@ -32,7 +31,7 @@ def measure_shards(plan: Plan, numbers: Sequence[str], flags: argparse.Namespace
 
     Forced notebooks start from nothing, so their parts go first. No other command writes into the run's folder meanwhile.
     """
-    wanted = [number for number in numbers if number in SHARDED and number in plan.stale]
+    wanted = [number for number in ("02", "03") if number in numbers and number in plan.stale]
     if not wanted or not (flags.shards or flags.force):
         return True
     with only_run(plan.results):
@@ -64,7 +63,7 @@ def _variables(parameters: Mapping[str, Any], executor: str, n: int) -> list[dic
 
         named = ",".join(map(str, range(torch.cuda.device_count())))
     shown = named.split(",")[:n] if device == "cuda" else [named]  # more processes than GPUs would gain nothing
-    return [{**threads, "CUDA_VISIBLE_DEVICES": names} for names in shown]
+    return [threads | {"CUDA_VISIBLE_DEVICES": names} for names in shown]
 
 
 def submit(logs: Path, executor: str, given: Sequence[str], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -106,7 +105,7 @@ def measure_share(
     if "02" in wanted:
         for _, other in study.control_studies(this, parameters["MODEL"], parameters["PROFILE"]):
             counts.append(sweeps.run_shard(other, "layers with direct effects", shard, n_shards))
-    made, found = (sum(some) for some in zip(*counts, strict=True))
+    made, found = map(sum, zip(*counts, strict=True))
     return f"shard {shard + 1} of {n_shards}: {made} batches measured, {found} were there"
 
 
@@ -119,8 +118,7 @@ def _end_with(lock: Path) -> None:
 
 def _failed(job: Any) -> bool:
     """Wait for a job and print what it says; True if it failed."""
-    error = job.exception()
-    if error is None:
+    if (error := job.exception()) is None:
         print(f"job {job.job_id}: {job.result()}", flush=True)
         return False
     log = Path(job.paths.stderr)
