@@ -26,10 +26,7 @@ def _frame(ax: Axes, x: float, y: float, width: int = 1) -> None:
 
 
 def built(table: pd.DataFrame) -> Figure:
-    """Layers by sites, one panel a model: the role that was written as words, the measured share as number and shade.
-
-    What decides is framed.
-    """
+    """Layers by sites, one panel a model: the written role as words, the measured share as shade; what decides is framed."""
     models, sites, n_layers = distinct(table.model), distinct(table.site), int(table.layer.max()) + 1
     figure, axes = style.new_figure(1, len(models), 4.0 * len(models), 1.0 + 0.44 * n_layers, sharey=True)
     for ax, model in zip(axes[0], models, strict=True):

@@ -1,7 +1,4 @@
-"""Draw, save and index the figures: each is a function of its CSV and of nothing else.
-
-So a notebook and `./run_all.sh --figures` draw the same picture.
-"""
+"""Draw, save and index the figures: each is a function of its CSV alone, so notebooks and `--figures` draw the same."""
 
 from __future__ import annotations
 

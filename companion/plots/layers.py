@@ -44,10 +44,7 @@ SHARES = (-0.5, 1.5)
 
 
 def pair_tokens(table: pd.DataFrame) -> Figure:
-    """Both prompts of one pair, token under token; columns: position, group, control, treated, differ.
-
-    What stands before the user's turn is the same in all prompts, and one box.
-    """
+    """Both prompts of one pair, token under token; what stands before the user's turn is the same in all, and one box."""
     before = (table.group.isin(["system", "header"]) & ~table.differ).cummin()
     own = table[~before].reset_index(drop=True)
     figure, ((axes,),) = style.new_figure(width=max(6.0, 0.28 * len(own) + 1.9), height=2.6)
@@ -73,10 +70,7 @@ def pair_tokens(table: pd.DataFrame) -> Figure:
 
 
 def component_map(table: pd.DataFrame, *, title: str) -> Figure:
-    """Layers by attention and MLP outputs of one pair, in per cent of its total effect; columns: layer, site, share.
-
-    Full colour is the whole effect, so that maps of several pairs can be compared.
-    """
+    """Layers by attention and MLP outputs of one pair, in per cent of its total effect, which has the full colour."""
     grid = 100 * table.pivot(index="site", columns="layer", values="share").sort_index()  # attention above MLP
     figure, ((ax,),) = style.new_figure(width=max(5.2, 0.25 * grid.shape[1] + 1.9), height=1.7)
     bound = max(100.0, float(grid.abs().max(axis=None)))
@@ -155,10 +149,7 @@ def read_and_carried(table: pd.DataFrame) -> Figure:
 
 
 def heads(table: pd.DataFrame) -> Figure:
-    """Heads by layer, indirect above direct on one scale; `carries` frames a head.
-
-    A dot marks an interval that excludes 0, where the colour can be told from 0.
-    """
+    """Heads by layer, indirect above direct; a frame where it `carries`, a dot where an interval excludes 0 and one sees it."""
     effects, bound = distinct(table.effect), float(table.estimate.abs().max()) or 1.0
     n_heads = table["head"].nunique()
     figure, axes = style.new_figure(len(effects), 1, 7.2, 0.6 + len(effects) * (0.55 + 0.13 * n_heads), sharex=True)

@@ -54,10 +54,7 @@ def fires_on(table: pd.DataFrame) -> Figure:
 
 
 def set_curves(table: pd.DataFrame) -> Figure:
-    """Joint effect of growing sets as a share of the whole layer's, k on a logarithmic axis; the band of k90 shaded.
-
-    A thin line marks the k90 of each order.
-    """
+    """Joint effect of growing sets as a share of the whole layer's; the band of k90 shaded, a thin line at each order's."""
     figure, ((ax,),) = new_figure(width=7.0, height=3.6)
     for k, (label, line) in enumerate(table.groupby("series", sort=False)):
         colour, marker = OKABE_ITO[k % 8], MARKERS[k % 8]

@@ -140,8 +140,7 @@ def layer_axis(axes: Axes, n_layers: int) -> None:
 def cumulative(table: pd.DataFrame) -> Figure:
     """Share of TE carried by the last-token residual stream after each layer, one panel a model, one line a treatment.
 
-    The untrained twin is a dashed line in a pale band, which may leave the axis: its TE is next to nothing. Layers below a
-    panel's light cone are shaded.
+    The untrained twin is dashed, its band may leave the axis; layers where nothing can have arrived are hatched.
     """
     names, n_layers = distinct(table.model), int(table.layer.max()) + 1
     limits = table.loc[table.line != "untrained twin", ["low", "high"]].to_numpy()
@@ -170,10 +169,7 @@ def cumulative(table: pd.DataFrame) -> Figure:
 
 
 def by_layer(table: pd.DataFrame, *, group: str, title: str, unit: str, late: bool = True) -> Figure:
-    """Estimates by layer, one line for each value of `group`.
-
-    Layers that the claims call late (depth > 2/3) are shaded, if `late`.
-    """
+    """Estimates by layer, one line for each value of `group`; layers that the claims call late are shaded, if `late`."""
     figure, ((ax,),) = new_figure()
     n_layers, n_lines = int(table.layer.max()) + 1, table[group].nunique()
     for k, (name, part) in enumerate(table.groupby(group, sort=False)):
@@ -191,10 +187,9 @@ def dots(
     table: pd.DataFrame, *, row: str, group: str, title: str, unit: str, marks: Sequence[float] = (),
     limits: tuple[float, float] | None = None, below: bool = False,
 ) -> Figure:  # fmt: skip
-    """Estimates with intervals on a horizontal axis, one row for each value of `row`; vertical lines at `marks`.
+    """Estimates with intervals, one row for each value of `row`; vertical lines at `marks`.
 
-    `limits` cut the axis; an interval that leaves the frame is wider than what can be said. `below` puts the legend under the
-    axis, where no corner of the frame is free.
+    `limits` cut the axis; `below` puts the legend under it, where no corner of the frame is free.
     """
     rows, groups = (distinct(table[name]) for name in (row, group))
     height = 0.9 + len(rows) * (0.14 + 0.045 * len(groups)) + 0.4 * below

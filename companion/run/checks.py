@@ -56,10 +56,7 @@ Outcome = tuple[str, bool, float]  # name, whether it passed, seconds
 
 
 def run_all() -> int:
-    """Exit status: 1 if any check failed.
-
-    The notebooks are checked on the default run, or on `embedded` where the default model is out of reach.
-    """
+    """Exit status: 1 if any check failed. Without the default model the notebooks are checked on `embedded`."""
     asked, why = runner.DEFAULTS, ""
     try:
         smollm2.fetch_smollm2()
@@ -164,10 +161,7 @@ def locked(lines: Sequence[str]) -> list[str]:
 
 
 def make_lock(options: Sequence[str]) -> int:
-    """Resolve `requirements.in` for all systems and write what `PYTHONS` need of it; the exit status of uv.
-
-    A lock with a package that some of them would have to compile is not written.
-    """
+    """Resolve `requirements.in` and write what `PYTHONS` need of it, unless that would be compiled; the exit status of uv."""
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / LOCK.name
         raw.write_text(LOCK.read_text(encoding="utf-8"), encoding="utf-8")  # uv keeps the versions that it finds

@@ -25,8 +25,6 @@ from companion.run.freshness import run_times
 from companion.run.notebooks import notebook_title
 from companion.run.overview import claims_table
 
-FIRST = "notebooks/00_start_here.ipynb"
-DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 COMMITTED = ROOT / "results" / "committed.yml"
 # What an entry in a list of models may hold.
 KEYS = ("model", "adapter", "prompts", "wrappers", "judge", "name", "device", "dtype", "profile", "tokenizer", "pairs")
@@ -36,7 +34,6 @@ class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is an `InputError`."""
 
     def error(self, message: str) -> NoReturn:
-        """Report a mistake in the flags."""
         raise InputError(f"{message} (./run_all.sh --help lists the flags)")
 
 
@@ -87,7 +84,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     # What argparse makes of --flag=--, before Python 3.13 and since.
     if any(value in ([], "--") for name, value in vars(flags).items() if name != "set"):
         raise InputError("-- is no value of a flag: expected a name, a folder or a number")
-    if not DEVICE.fullmatch(flags.device):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", flags.device):
         raise InputError(f"--device {flags.device}: expected auto, cpu, cuda or cuda:N")
     for name, least, most in (("pairs", 10, 10**6), ("shards", 1, 1000), ("jobs", 1, 100)):
         if (number := getattr(flags, name)) and not least <= number <= most:
@@ -187,10 +184,7 @@ def run_with_flags(name: str, main: Callable[[Sequence[str]], int], arguments: S
 
 
 def read_model_list(path: Path) -> list[list[str]]:
-    """The flags of each entry of a list of models, as `["--model=/models/a"]`.
-
-    Raises `InputError` naming the entry for anything but a list of entries with known keys and plain values.
-    """
+    """The flags of each entry of a list of models, as `["--model=/models/a"]`; `InputError` names a wrong entry."""
     import yaml  # the command line is imported before any package is installed
 
     if not path.is_file():
@@ -215,8 +209,8 @@ def read_model_list(path: Path) -> list[list[str]]:
 
 def lab_command(root: Path = ROOT, *options: str) -> list[str]:
     """The command that opens JupyterLab at the first notebook; it serves the repository, so that links between folders work."""
-    lab = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={root}"]
-    return [*lab, f"--LabApp.default_url=/lab/tree/{FIRST}", *options]
+    first = "--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb"
+    return [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={root}", first, *options]
 
 
 def lab_environment() -> dict[str, str]:
@@ -253,10 +247,9 @@ def run_command(flags: argparse.Namespace) -> int:
     found = parameters(flags, settings.resolve_device(flags.device))
     plan = runner.make_plan(settings.fetched(found, flags.wrappers), force=chosen if flags.force else ())
     numbers = runner.with_needs(chosen, plan.paths)
-    asked = plan.parameters
-    if (asked["MODEL"], asked["PROMPTS"]) != ("embedded", "embedded") and plan.stale & set(numbers):
-        for line in settings.check_pairs(*(asked[name] for name in ("MODEL", "PROMPTS", "PAIRS", "PROFILE"))):
-            print(line, flush=True)
+    asked = [plan.parameters[name] for name in ("MODEL", "PROMPTS", "PAIRS", "PROFILE")]
+    if asked[:2] != ["embedded", "embedded"] and plan.stale & set(numbers):
+        print(*settings.check_pairs(*asked), sep="\n", flush=True)
     if not shards.measure_shards(plan, numbers, flags):
         print("not every shard finished; what did is kept, and the same command goes on from there", file=sys.stderr)
         return 1

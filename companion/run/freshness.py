@@ -131,10 +131,8 @@ def _model(given: str, known: KnownHashes) -> dict[str, Any]:
     base, adapter = split_adapter(given)
     folder, hub_id = model_folder(base), hub.parse(base)
     tokenizer = gguf.tokenizer_folder() if gguf.is_gguf(folder) else None
-    found: dict[str, Any] = {
-        "name": base if base == smollm2.NAME else folder.name,
-        "sha256": hash_folder(folder, known),
-    }
+    name = base if base == smollm2.NAME else folder.name
+    found: dict[str, Any] = {"name": name, "sha256": hash_folder(folder, known)}
     if hub_id is not None and folder.is_relative_to(hub.cache()):
         found |= {"name": hub_id.repo, "revision": folder.name}
     for kind, place in (("tokenizer", tokenizer), ("adapter", adapter)):

@@ -25,7 +25,8 @@ from companion.base.folders import is_small
 from companion.base.paths import NOTEBOOKS, ROOT, relative
 from companion.base.smollm2 import REFUSES
 
-Notebook = Cell = dict[str, Any]
+Notebook = dict[str, Any]
+Cell = dict[str, Any]
 INJECTED = "injected-parameters"  # papermill's tag for the cell that it adds
 TARGET = "target.ipynb"
 # The kernel is this very Python, whatever kernels are registered on the machine.
@@ -161,10 +162,7 @@ def environment(scratch: Path) -> dict[str, str]:
 
 
 def threads(model: str) -> dict[str, str]:
-    """One thread for small models, unless OMP_NUM_THREADS says otherwise; all there are for larger ones.
-
-    Small products gain little from a second thread, and where the other core is busy, waiting for it costs tenfold.
-    """
+    """One thread for small models, unless OMP_NUM_THREADS says otherwise: waiting for a second one may cost them tenfold."""
     return {} if "OMP_NUM_THREADS" in os.environ or not is_small(model) else {"OMP_NUM_THREADS": "1"}
 
 

@@ -104,9 +104,7 @@ def make_plan(parameters: Mapping[str, Any], force: Sequence[str] = ()) -> Plan:
 
 
 def _is_fresh(plan: Plan, number: str, known: files.KnownHashes) -> bool:
-    with suppress(
-        InputError
-    ):  # a missing or torn copy is made again; a torn notebook of the repository was named before
+    with suppress(InputError):  # a missing or torn copy is made again; a torn source was named before
         if notebooks.is_executed(read_notebook(plan.executed(number))):
             return freshness.is_fresh(plan.results, number, plan.keys[number], known)
     return False
@@ -128,10 +126,7 @@ def lock_file(results: Path) -> Path:
 
 @contextmanager
 def only_run(results: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock of the run whose results are in `results`, which ends with this process however it ends.
-
-    Raises `InputError` where another process holds it (or waits for that one), or where the folder cannot be written.
-    """
+    """Hold the lock of the run with these `results`; `InputError` (or a wait) if another does, or if it cannot be written."""
     path = lock_file(results)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -237,10 +232,7 @@ def default_jobs(plan: Plan) -> int:
 
 
 def run_notebooks(plan: Plan, numbers: Sequence[str], made_from: Mapping[str, str | None], jobs: int = 0) -> int:
-    """Run the stale ones of `numbers`, `jobs` at once (0: `default_jobs`); returns how many failed or were not started.
-
-    `made_from` is noted with the first result: whose results these are (`companion.run.settings.made_from`).
-    """
+    """Run the stale ones of `numbers`, `jobs` at once (0: `default_jobs`); returns how many failed or were not started."""
     for number, notebook in plan.notebooks.items():  # papermill only warns of a parameter that a notebook does not know
         if notebooks.notebook_parameters(notebook) != DEFAULTS:
             expected = ", ".join(f"{name} = {value!r}" for name, value in DEFAULTS.items())

@@ -1,8 +1,7 @@
 """From what was typed to what a run uses: its name, its device, and models, judges and prompt sets by name become folders.
 
-A prompt set of public sets is made here for one model: T1 goes from a harmless to a harmful request; T2 and T2b put the
-user's own wrappers around the same requests. Its texts go to the user's cache and never into the repository. The command
-line imports this module, so what is heavy is imported where it is needed.
+A prompt set of public sets is made here for one model; its texts go to the user's cache and never into the repository. The
+command line imports this module, so what is heavy is imported where it is needed.
 """
 
 from __future__ import annotations
@@ -37,10 +36,7 @@ LONGEST = 90  # characters of a name that nobody chose
 
 
 def slug(found: Mapping[str, Any], name: str | None, judge: str | None, given: str | None) -> str:
-    """The run's name, as given or by default; `given` are its wrappers.
-
-    Raises InputError for a name that cannot be, and for that of a run with another model, prompt set, wrappers or judge.
-    """
+    """The run's name; InputError for one that cannot be, or of a run with another model, prompts, wrappers (`given`) or judge."""
     chosen = check_slug(default_slug(found, judge, given) if name is None else name)
     if chosen in RESERVED and chosen != default_slug(found, judge, given):
         raise InputError(f"--name {chosen} is the run of that model, whose results are kept: choose another name")
@@ -119,7 +115,7 @@ def default_prompts(model: str) -> str:
 
 def check_wrappers(prompts: str, given: str | None) -> None:
     """`InputError` for wrappers that cannot be used, and for a list of public sets with an unknown name in it."""
-    is_public = is_public_set(prompts)
+    is_public = is_public_set(prompts)  # raises for a list with an unknown name in it
     if given is not None:
         public.read_wrappers(folders.from_caller(given))
         if not is_public:
@@ -149,22 +145,18 @@ def known(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
     if is_public_set(prompts):
         folder = public.folder(prompts, model, _wrappers_file(given))
         if not public.is_made(folder):
-            raise InputError(
-                f"the prompt set {prompts} is not made for {model} yet: ./run_all.sh without --list makes it"
-            )
+            what = f"the prompt set {prompts} is not made for {model} yet"
+            raise InputError(f"{what}: ./run_all.sh without --list makes it")
         prompts = str(folder)
     return {**found, "MODEL": model, "PROMPTS": prompts}
 
 
 def fetched(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
-    """The parameters once the model is downloaded, and the prompt set is made of the public sets asked for.
-
-    Where that asks a GPU, a process of its own does it: its end gives the GPU's memory back to the notebooks.
-    """
+    """The parameters once the model is downloaded, and the prompt set is made of the public sets asked for."""
     if folders.split_adapter(found["MODEL"])[0] == smollm2.NAME:
         smollm2.fetch_smollm2()
     asks = folders.is_on_hub(found["MODEL"]) or is_public_set(found["PROMPTS"]) or os.environ.get(hub.JUDGE)
-    do = apart if asks and found["DEVICE"] != "cpu" else _fetched
+    do = apart if asks and found["DEVICE"] != "cpu" else _fetched  # its end gives a GPU's memory back to the notebooks
     return known({**found, "MODEL": do(dict(found), given)}, given)
 
 
@@ -283,10 +275,7 @@ class Collected:
 
 
 def ensure(folder: Path, name: str, model: str, wrapper_file: Path | None, *, device: str, dtype: str) -> None:
-    """Make the prompt set in `folder` unless it is there: what a user changed in it since, such as outcome.json, stays.
-
-    Sets that cannot be loaded are named and left out, also by later runs; InputError if none can be loaded.
-    """
+    """Make the prompt set in `folder` unless it is there: what a user changed in it since, such as outcome.json, stays."""
     from companion.base import thresholds
     from companion.generation import openers
     from companion.model.load import load_tokenizer
@@ -314,10 +303,9 @@ def ensure(folder: Path, name: str, model: str, wrapper_file: Path | None, *, de
 
 
 def collect(name: str, tokenizer: PreTrainedTokenizerBase, templates: Sequence[Wrapper]) -> Collected:
-    """The pairs of every set that can be loaded; a request of several rows or sets makes one topic, in the first, and so do
-    near copies of one.
+    """The pairs of every set that can be loaded (others are noted; InputError if none can); near copies are one topic.
 
-    Each makes a pair of T1 with its harmless partner, and in each wrapper one of T2, and of T2b if the partner is its twin.
+    A request makes a pair of T1 with its harmless partner, and in each wrapper one of T2, and of T2b if the partner is its twin.
     """
     from companion.prompts import partners
     from companion.prompts.pairs import Pair

@@ -1,8 +1,7 @@
 """`./run_all.sh --shards N`: the sweeps of notebooks 02 and 03 shared among N jobs of submitit, on this machine or on Slurm.
 
 A job measures every N-th batch and keeps each as a file of its own; the notebooks then join them. A batch that is there is
-skipped, so that the same command does the rest after a failure. Only the standard library is imported: the command line
-imports this module.
+skipped, so that the same command does the rest after a failure. The command line imports this: standard library only.
 """
 
 from __future__ import annotations
@@ -27,15 +26,12 @@ ERROR = re.compile(r"[A-Za-z_][\w.]*: \S")  # how most programs begin the line t
 
 
 def measure_shards(plan: Plan, numbers: Sequence[str], flags: argparse.Namespace) -> bool:
-    """Measure the sweeps of the stale ones of `numbers` in `flags.shards` jobs (0: none); False if a job failed.
-
-    Forced notebooks start from nothing, so their parts go first. No other command writes into the run's folder meanwhile.
-    """
+    """Measure the sweeps of the stale ones of `numbers` in `flags.shards` jobs (0: none); False if a job failed."""
     wanted = [number for number in ("02", "03") if number in numbers and number in plan.stale]
     if not wanted or not (flags.shards or flags.force):
         return True
     with only_run(plan.results):
-        if flags.force:
+        if flags.force:  # forced notebooks start from nothing
             shutil.rmtree(plan.results / PARTS, ignore_errors=True)
         if not flags.shards:
             return True
@@ -67,10 +63,7 @@ def _variables(parameters: Mapping[str, Any], executor: str, n: int) -> list[dic
 
 
 def submit(logs: Path, executor: str, given: Sequence[str], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """The submitted jobs, each a call of `measure_share`; InputError for whatever submitit or Slurm has against it.
-
-    `given` are parameters of submitit as typed, such as timeout_min=240.
-    """
+    """The submitted jobs, each a call of `measure_share`; `given` are submitit's parameters as typed (timeout_min=240)."""
     import submitit  # an optional extra
 
     pairs = (one.partition("=") for one in given)
@@ -87,10 +80,7 @@ def measure_share(
     parameters: Mapping[str, Any], wanted: Sequence[str], shard: int, n_shards: int, variables: Mapping[str, str],
     lock: Path | None,
 ) -> str:  # fmt: skip
-    """Measure one shard of every sweep of the notebooks `wanted`; returns a sentence on how much was there already.
-
-    With `lock`, the file that the runner holds, the job ends when the runner has ended, however it did.
-    """
+    """Measure one shard of the sweeps of `wanted`, while the runner holds `lock`; a sentence on how much was there already."""
     os.environ.update(variables)
     if lock is not None:
         threading.Thread(target=_end_with, args=(lock,), daemon=True).start()
