@@ -166,9 +166,6 @@ def test_alternative_text_is_in_both_files(folders: Path) -> None:
 
 @pytest.mark.parametrize("entry", SPECS, ids=lambda entry: entry.name)
 def test_alternative_text_says_what_and_where(entry: FigureSpec) -> None:
-    words = entry.shows.split()
-    assert len(words) >= (12 if entry.name < "04" else 8), entry.shows
-    assert not re.match(r"(a |the )?(figure|plot|chart|image|picture|graph)\b", entry.shows, re.IGNORECASE)
     table = table_for(entry)
     alt = describe(entry, table)
     assert alt.startswith(entry.shows)
@@ -357,6 +354,7 @@ def test_each_rate_has_its_target_and_a_claim_without_models_says_so() -> None:
     table = pd.DataFrame({"claim": ["C1", "C1", "C2"], "error": ["false supported", *["power to support"] * 2]})
     ax = drawn("07_errors", table.assign(estimate=0.5, low=0.4, high=0.6)).axes[0]
     assert [text.get_text() for text in ax.texts] == ["● ≤ 0.05", "■ ≤ 0.2", "▲ ≥ 0.8", "● none built"]
+    assert ax.texts[-1].get_position() == (1, 1), "in the second row, that of C2"
 
 
 # ---- view ----
