@@ -27,20 +27,15 @@ _COMMON = {
 }  # fmt: skip
 _WORDS = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCAB))]
 _SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "w3"}
-_WINDOWS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+_WINDOWS = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"] * 2}
 _CONFIGS = {
     "llama": lambda: hf.LlamaConfig(**_COMMON),
-    "qwen2": lambda: hf.Qwen2Config(
-        **_COMMON, use_sliding_window=True, sliding_window=3, layer_types=_WINDOWS, max_window_layers=0
-    ),
+    "qwen2": lambda: hf.Qwen2Config(**_COMMON, use_sliding_window=True, max_window_layers=0, **_WINDOWS),
     "qwen3": lambda: hf.Qwen3Config(**_COMMON, head_dim=12),
     "gemma2": lambda: hf.Gemma2Config(
-        **_COMMON, head_dim=8, sliding_window=3, layer_types=_WINDOWS, final_logit_softcapping=5.0,
-        attn_logit_softcapping=2.0, query_pre_attn_scalar=8,
+        **_COMMON, head_dim=8, **_WINDOWS, final_logit_softcapping=5.0, attn_logit_softcapping=2.0, query_pre_attn_scalar=8
     ),
-    "gemma3": lambda: hf.Gemma3TextConfig(
-        **_COMMON, head_dim=8, sliding_window=3, layer_types=_WINDOWS, query_pre_attn_scalar=8
-    ),
+    "gemma3": lambda: hf.Gemma3TextConfig(**_COMMON, head_dim=8, **_WINDOWS, query_pre_attn_scalar=8),
     "mistral": lambda: hf.MistralConfig(**_COMMON, head_dim=8, sliding_window=5),
     "phi3": lambda: hf.Phi3Config(**_COMMON),
     "olmo2": lambda: hf.Olmo2Config(**_COMMON),

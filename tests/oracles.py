@@ -22,7 +22,7 @@ from companion.mediation.study import Study
 from companion.model import activations, replay
 from companion.model.activations import CleanRun
 from companion.model.architecture import Subject
-from companion.model.interventions import Patch
+from companion.model.interventions import Patch, position_mask
 from companion.model.readout import norm_gain
 from companion.neurons.sets import Measured
 from companion.neurons.single import FinalStates, PairEffects
@@ -157,8 +157,7 @@ def clean_batch(study: Study, treatment: str = "T2") -> Batch:
 
 def neuron_patches(batch: Batch, columns: list[Column]) -> list[Patch]:
     """An intervention on the last token for each (layer, neuron or neurons)."""
-    last = torch.zeros_like(batch.control.tokens, dtype=torch.bool)
-    last[:, -1] = True
+    last = position_mask(batch.control.tokens, -1)
     return [Patch("neuron", layer, last, neuron) for layer, neuron in columns]
 
 
@@ -173,8 +172,7 @@ def read_neurons(
     """Logits of a plain forward pass, and what one down projection was given, (pair, pos, neuron); `edit` changes it in place."""
 
     def changed(inputs: Tensor) -> Tensor:
-        inputs = inputs.clone()
-        edit(inputs)
+        edit(inputs := inputs.clone())
         return inputs
 
     output, seen = passed(subject.model, ids, subject.layers[layer].down_proj, changed, before=True)
@@ -223,35 +221,29 @@ def additive(writes: np.ndarray, n: int = 24) -> tuple[Subject, Measured]:
     resid[1, :, 1] = float(np.sum(writes))
     neurons = torch.stack([torch.zeros(n, len(writes)), torch.ones(n, len(writes))]).double()
     pairs = pair_table(n).assign(te=float(np.sum(writes)))
-    effects = made_effects(np.tile(writes, (n, 1)).astype(float), subject.n_layers - 1)
-    effects = replace(effects, pairs=pairs)
+    effects = replace(made_effects(np.tile(writes, (n, 1)).astype(float), subject.n_layers - 1), pairs=pairs)
     study = Study("made", subject, (), {"T2": YES_NO}, {})
     return subject, Measured(study, {"T2": effects}, {"T2": FinalStates("T2", pairs, YES_NO, resid, neurons)})
 
 
 # ---- float64 ----
 
-_softmax = nn.functional.softmax
-
 
 @contextmanager
 def true_float64(model: PreTrainedModel) -> Iterator[None]:
     """For a while every RMSNorm of the model, and softmax, keep the dtype of what they are given."""
+    plain = nn.functional.softmax
     with ExitStack() as stack:
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm"):
                 stack.enter_context(mock.patch.object(module, "forward", _rms_norm(module)))
-        stack.enter_context(mock.patch.object(nn.functional, "softmax", _plain_softmax))
+        stack.enter_context(mock.patch.object(nn.functional, "softmax", lambda x, dim, **_: plain(x, dim=dim)))
         yield
 
 
 def _rms_norm(module: nn.Module) -> Any:
     gain, _, eps = norm_gain(module)
     return lambda x: gain * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-
-
-def _plain_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
-    return _softmax(x, dim=dim)
 
 
 # ---- memory ----

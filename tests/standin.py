@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.utils import backend_registration
 
 NAME, HOST = "standin", torch.device("cpu")
-GIB = 2**30
 # Operations that take tensors of both places: copies, and indices on the processor.
 COPIES = {"copy_", "_to_copy"}
 INDEXED = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"}
@@ -76,14 +75,10 @@ class Accelerator:
     def _is_in_bad_fork(self) -> bool:
         return False
 
-    def manual_seed_all(self, seed: int) -> None:
-        """Its chance is the processor's."""
-
     def synchronize(self, device: Any = None) -> None:
-        """It never works ahead."""
+        """It never works ahead, its chance is the processor's, and it keeps nothing."""
 
-    def empty_cache(self) -> None:
-        """It keeps nothing."""
+    manual_seed_all = empty_cache = synchronize
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
@@ -166,7 +161,7 @@ for _name in _MAKERS:
 @contextlib.contextmanager
 def active(memory: int | None = None) -> Iterator[torch.device]:
     """Inside, `device="standin"` is an accelerator; yields the device. With `memory`, bytes are counted and end there."""
-    MEMORY.limit, MEMORY.is_counted, MEMORY.peak = memory or 64 * GIB, memory is not None, MEMORY.held
+    MEMORY.limit, MEMORY.is_counted, MEMORY.peak = memory or 2**36, memory is not None, MEMORY.held
     try:
         yield DEVICE
     finally:

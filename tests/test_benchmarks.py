@@ -147,24 +147,19 @@ def test_the_bound_counts_what_an_exact_answer_needs() -> None:
     assert bound.product_rate(SMOKE, seconds=0.01) > 1e8
 
 
-KILLS = {
-    "print('[2/2] 02_b ...', flush=True); time.sleep(60)": True,
-    "print('[2/2] 02_b ... 1 s', flush=True); time.sleep(60)": False,  # it has finished
-    "print('[2/2] 02_b ... ', end='', flush=True)": False,  # the process has ended
-    "print('[2/2] 02_b fresh, skipped', flush=True)": False,
-}
-
-
-@pytest.mark.parametrize("code", KILLS)
-def test_a_kill_that_disturbs_nothing_is_counted_as_such(tmp_path: Path, monkeypatch, code: str) -> None:
-    monkeypatch.setattr(faults, "_command", lambda flags, name: [sys.executable, "-c", f"import time; {code}"])
+@pytest.mark.parametrize(
+    ("says", "seconds", "disturbs"),
+    [("...\\n", 60, True), ("... 1 s\\n", 60, False), ("... ", 0, False), ("fresh, skipped\\n", 0, False)],
+    ids=["at work", "finished", "ended", "skipped"],
+)
+def test_a_kill_that_disturbs_nothing_is_counted_as_such(tmp_path: Path, monkeypatch, says, seconds, disturbs) -> None:
+    code = f"import time; print('[2/2] 02_b {says}', end='', flush=True); time.sleep({seconds})"
+    monkeypatch.setattr(faults, "_command", lambda flags, name: [sys.executable, "-c", code])
     found, line = faults._kill(tmp_path, [], "02_b", 0.3)
-    assert found == KILLS[code] and line.startswith("too late: ") != found
+    assert found == disturbs and line.startswith("too late: ") != found
 
 
 # ---- cost model ----
-
-LAST = Workload("x", tuple(Job(site, layer, QUOTED.n_pos - 1) for layer in range(QUOTED.n_layers) for site in SITES))
 
 
 def test_the_formula_holds_for_every_measured_row() -> None:
@@ -185,7 +180,8 @@ def test_the_page_has_the_table_of_the_code() -> None:
 
 
 def test_the_count_is_that_of_the_bound_up_to_the_top_layer() -> None:
-    exact = bound.minimal_operations(QUOTED, LAST) / QUOTED.n_pairs
+    last = tuple(Job(site, layer, QUOTED.n_pos - 1) for layer in range(QUOTED.n_layers) for site in SITES)
+    exact = bound.minimal_operations(QUOTED, Workload("x", last)) / QUOTED.n_pairs
     assert cost_model.at_each_layer(QUOTED, len(SITES), 1) == pytest.approx(exact, rel=0.02)
 
 

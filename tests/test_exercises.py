@@ -34,18 +34,12 @@ from organisms import compiled
 EXERCISES = [one for number in NUMBERS for one in of_notebook(number)]
 each = pytest.mark.parametrize("one", EXERCISES, ids=lambda one: one.number)
 each_notebook = pytest.mark.parametrize("number", NUMBERS)
+CODES = range(6)
 
 
 def notebook_of(number: str) -> Path:
     (path,) = NOTEBOOKS.glob(f"{number}_*.ipynb")
     return path
-
-
-@each_notebook
-def test_a_notebook_has_two_to_four_exercises_and_one_is_open(number: str) -> None:
-    numbers = [one.number for one in of_notebook(number)]
-    assert numbers == [f"{number}-{place}" for place in range(1, len(numbers) + 1)]
-    assert 2 <= len(numbers) + 1 <= 4 and QUESTIONS[number].number == f"{number}-open"
 
 
 @each
@@ -180,8 +174,6 @@ def test_a_number_in_prose_is_that_of_one_row_of_a_table(tmp_path: Path, monkeyp
 
 # ---- questions ----
 
-CODES = range(6)
-
 
 @pytest.fixture(scope="module", autouse=True)
 def made_once() -> Iterator[None]:
@@ -192,9 +184,12 @@ def made_once() -> Iterator[None]:
         yield
 
 
-def test_every_question_has_a_key_of_three_letters_that_the_code_shuffles() -> None:
+def test_a_notebook_has_two_to_four_exercises_and_one_is_a_question_whose_key_the_code_shuffles() -> None:
     assert set(mystery.keys()) == set(QUESTIONS) == set(NUMBERS)
     for number in NUMBERS:
+        numbers = [one.number for one in of_notebook(number)]
+        assert numbers == [f"{number}-{place}" for place in range(1, len(numbers) + 1)]
+        assert 2 <= len(numbers) + 1 <= 4 and QUESTIONS[number].number == f"{number}-open"
         found = [mystery.key(number, code) for code in CODES]
         assert all(set(one) == set(mystery.LETTERS) for one in found)
         assert len({tuple(one.values()) for one in found}) > 1, f"{number} has the same key for every class"
@@ -224,8 +219,7 @@ def direct(one: Study, site: str) -> pd.Series:
 
 
 def decided(one: Study) -> str:
-    effect = direct(one, "mlp_out.direct")
-    at = depth(int(effect.idxmax()), one.subject.n_layers)
+    at = depth(int(direct(one, "mlp_out.direct").idxmax()), one.subject.n_layers)
     return "early" if at < EARLY else "late" if at > LATE else "middle"
 
 
@@ -238,8 +232,7 @@ def neighbours(one: Study) -> str:
     table = single.neuron_table(single.measure_chosen(one, "T2", columns)[0])
     effect = table.groupby("neuron").nie0.mean().abs()
     large = np.flatnonzero(effect > 0.02 * effect.sum())
-    gaps = np.diff(large)
-    return mystery.NATURES["04"][2 if len(large) <= 8 else 0 if np.median(gaps) <= 2 else 1]
+    return mystery.NATURES["04"][2 if len(large) <= 8 else 0 if np.median(np.diff(large)) <= 2 else 1]
 
 
 def fetched(one: Study) -> str:
@@ -252,20 +245,17 @@ def fetched(one: Study) -> str:
 @pytest.mark.parametrize(("number", "measured"), [("02", decided), ("03", writer), ("04", neighbours), ("05", fetched)])
 def test_02_to_05_what_one_measures_is_what_was_built(number: str, measured: Callable[[Study], str]) -> None:
     models = mystery.models(number, 1)
-    assert [f"{one.slug} {one.subject.name}" for one in models.values()] == [
-        "A A", "B B", "C C",
-    ]  # no name gives it away  # fmt: skip
+    names = [f"{one.slug} {one.subject.name}" for one in models.values()]
+    assert names == ["A A", "B B", "C C"], "no name gives it away"
     assert {letter: measured(one) for letter, one in models.items()} == mystery.key(number, 1)
 
 
 def test_06_half_of_a_vector_moves_the_outcome_its_way() -> None:
     this = study.begin("embedded", "embedded", "embedded", profile="smoke")
     batch = estimands.run_clean(this.subject, estimands.batches(this.of("T2"), this.subject)[0])
-    last, openers = batch.treated.resid_post[-1][:, -1], this.openers["T2"]
-    plain = outcomes.log_odds(this.subject, last, openers)
-    moved: dict[str, float] = {}
+    last, moved = batch.treated.resid_post[-1][:, -1], dict[str, float]()
     for letter, vector in mystery.vectors(this, 1).items():
-        moved[letter] = float((outcomes.log_odds(this.subject, last + vector / 2, openers) - plain).mean())
+        moved[letter] = float(outcomes.log_odds(this.subject, last + vector / 2, this.openers["T2"]).mean())
     names = ("towards refusing", "neither", "towards complying")
     assert dict(zip(sorted(moved, key=moved.__getitem__), names, strict=True)) == mystery.key("06", 1), moved
 

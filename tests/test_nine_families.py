@@ -16,13 +16,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from companion.base import folders
+from companion.base.files import write_json, write_text
 from companion.base.paths import ROOT
 from companion.evidence import layers
 from companion.mediation import study
@@ -50,22 +51,17 @@ def judge_folder(folder: Path) -> Path:
 
 def prompt_folder(folder: Path, topics: int = 24) -> Path:
     """All treatments over the tiny vocabulary; a pair differs in one word, a T2 pair names its twin."""
-    folder.mkdir(parents=True)
-    rows = [_pair(treatment, topic) for treatment in TREATMENTS for topic in range(topics)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    outcome = {"comply": ["w10", "w11"], "refuse": ["w12", "w13"]}
-    (folder / "outcome.json").write_text(json.dumps(outcome), encoding="utf-8")
-    (folder / "set.json").write_text('{"sensitive": true}', encoding="utf-8")
+    rows = []
+    for (place, treatment), topic in product(enumerate(TREATMENTS), range(topics)):
+        words = [f"w{14 + (7 * topic + 3 * place + step) % (VOCAB - 20)}" for step in range(4)]
+        control, treated = (" ".join([words[0], f"w{6 + side}", *words[1:]]) for side in (0, 1))
+        row = {"id": f"{treatment}-{topic}", "treatment": treatment, "topic": f"t{topic}"}
+        twin = {"twin": f"T2b-{topic}"} if treatment == "T2" else {}
+        rows.append(row | {"control": control, "treated": treated} | twin)
+    write_text("".join(json.dumps(row) + "\n" for row in rows), folder / "pairs.jsonl")
+    write_json({"comply": ["w10", "w11"], "refuse": ["w12", "w13"]}, folder / "outcome.json")
+    write_json({"sensitive": True}, folder / "set.json")
     return folder
-
-
-def _pair(treatment: str, topic: int) -> dict[str, object]:
-    place = TREATMENTS.index(treatment)
-    words = [f"w{14 + (7 * topic + 3 * place + step) % (VOCAB - 20)}" for step in range(4)]
-    control, treated = (" ".join([words[0], f"w{6 + side}", *words[1:]]) for side in (0, 1))
-    row: dict[str, object] = {"id": f"{treatment}-{topic}", "treatment": treatment, "topic": f"t{topic}"}
-    twin = {"twin": f"T2b-{topic}"} if treatment == "T2" else {}
-    return row | {"control": control, "treated": treated} | twin
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -128,8 +124,6 @@ def _holds(text: str, pieces: set[str]) -> bool:
 def _readable(path: Path) -> str:
     if path.suffix != ".parquet":
         return path.read_text(encoding="utf-8", errors="replace")
-    import pandas as pd
-
     table = pd.read_parquet(path)
     return table.select_dtypes(exclude="number").drop_duplicates().to_csv() + str(list(table.columns))
 

@@ -14,10 +14,7 @@ from companion.base.paths import NOTEBOOKS, ROOT
 from companion.run import notebooks, runner
 
 BOOKS = sorted(NOTEBOOKS.glob("*.ipynb"))
-ONLY_PLOT = ("08",)  # it reads result files and must not import the model stack
-MODEL_STACK = ("torch", "transformers", "transformer_lens")
-IGNORED = ("nbval-ignore-output", "nbval-skip", "raises-exception")
-
+IGNORED = {"nbval-ignore-output", "nbval-skip", "raises-exception"}
 book = pytest.mark.parametrize("path", BOOKS, ids=[path.stem for path in BOOKS])
 
 
@@ -36,11 +33,6 @@ def printed(source: str, *options: str) -> list[str]:
     return subprocess.check_output([sys.executable, *options, "-c", source], cwd=ROOT, text=True).split()
 
 
-def is_checked(cell: dict[str, Any]) -> bool:
-    """Whether nbval compares an output of this cell that is more than a drawing."""
-    return bool(re.sub(r"<Figure[^>]*>", "", shown(cell)).strip()) and not set(notebooks.tags(cell)) & set(IGNORED)
-
-
 @book
 def test_a_notebook_was_executed_with_the_runners_parameters_and_fixed_ids(path: Path) -> None:
     notebook = notebooks.read_notebook(path)
@@ -50,17 +42,13 @@ def test_a_notebook_was_executed_with_the_runners_parameters_and_fixed_ids(path:
     assert None not in ids and len(set(ids)) == len(ids)
 
 
-def prose(path: Path) -> tuple[int, int]:
-    """Words of the running text, and of what is folded or an exercise (code left out)."""
-    text = folded = 0
-    for cell in notebooks.read_notebook(path)["cells"]:
-        if cell["cell_type"] == "markdown":
-            source = re.sub(r"(?s)```.*?```|<!--.*?-->", "", notebooks.source(cell))
-            inside = " ".join(re.findall(r"(?s)<details>.*?</details>", source))
-            is_exercise = any(tag.startswith("exercise") for tag in notebooks.tags(cell))
-            folded += len((source if is_exercise else inside).split())
-            text += 0 if is_exercise else len(source.split()) - len(inside.split())
-    return text, folded
+def prose(path: Path) -> tuple[str, str]:
+    """The running text of a notebook, and its exercises."""
+    cells = [cell for cell in notebooks.read_notebook(path)["cells"] if cell["cell_type"] == "markdown"]
+    texts = {False: "", True: ""}
+    for cell in cells:
+        texts[any(tag.startswith("exercise") for tag in notebooks.tags(cell))] += notebooks.source(cell) + "\n\n"
+    return texts[False], texts[True]
 
 
 @book
@@ -68,9 +56,11 @@ def test_a_lesson_is_short_and_its_method_can_be_read(path: Path) -> None:
     sources = [notebooks.source(cell) for cell in code(path)]
     lengths = sorted(sum(bool(line.strip()) for line in source.splitlines()) for source in sources)
     assert lengths[-1] <= 25 and lengths[len(lengths) // 2] <= 6, lengths
-    text, folded = prose(path)
-    assert text <= (3_000 if path.name[:2] in ("04", "05", "06", "07") else 2_000), text
-    assert folded <= 600, folded
+    text, exercises = (re.sub(r"(?s)```.*?```|<!--.*?-->", "", one) for one in prose(path))
+    inside = " ".join(re.findall(r"(?s)<details>.*?</details>", text))
+    n_words, n_inside, n_exercises = (len(one.split()) for one in (text, inside, exercises))
+    assert n_words - n_inside <= (3_000 if path.name[:2] in ("04", "05", "06", "07") else 2_000)
+    assert n_inside + n_exercises <= 600
     assert not re.search(r"(?m)^\s*if (ready|whole)|not computed", "\n".join(sources))
     assert path.stat().st_size < 1_000_000
 
@@ -78,8 +68,8 @@ def test_a_lesson_is_short_and_its_method_can_be_read(path: Path) -> None:
 @book
 def test_a_lesson_imports_the_face_alone_and_few_names_of_it(path: Path) -> None:
     tree = ast.parse("\n".join(notebooks.source(cell) for cell in code(path)))
-    own = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module is not None]
-    houses = {node.module.partition(".")[0] for node in own if node.module is not None}
+    own = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    houses = {str(node.module).partition(".")[0] for node in own}
     assert not houses & {"companion", "organisms", "exercises"}, "compose it in helpers/"
     names = [alias.name for node in own if str(node.module).startswith("helpers") for alias in node.names]
     assert len(names) <= 8, names
@@ -87,12 +77,7 @@ def test_a_lesson_imports_the_face_alone_and_few_names_of_it(path: Path) -> None
 
 @book
 def test_every_section_of_a_lesson_ends_with_its_answer(path: Path) -> None:
-    whole = "\n\n".join(
-        notebooks.source(cell)
-        for cell in notebooks.read_notebook(path)["cells"]
-        if cell["cell_type"] == "markdown" and not any(tag.startswith("exercise") for tag in notebooks.tags(cell))
-    )
-    sections = re.split(r"(?m)^## ", re.sub(r"(?s)<details>.*?</details>", "", whole))[1:]
+    sections = re.split(r"(?m)^## ", re.sub(r"(?s)<details>.*?</details>", "", prose(path)[0]))[1:]
     ends = [part.partition("**Next →**")[0].strip().rsplit("\n\n", 1)[-1] for part in sections]
     assert not [end[:80] for end in ends if "**" not in end]
 
@@ -107,7 +92,9 @@ def test_no_assertion_in_a_notebook_can_end_a_users_run(path: Path) -> None:
 
 @book
 def test_a_notebook_has_one_to_five_outputs_that_nbval_compares(path: Path) -> None:
-    checked = [notebooks.source(cell) for cell in code(path) if is_checked(cell)]
+    """Of cells whose outputs are more than drawings."""
+    compared = [cell for cell in code(path) if not IGNORED & set(notebooks.tags(cell))]
+    checked = [notebooks.source(cell) for cell in compared if re.sub(r"<Figure[^>]*>", "", shown(cell)).strip()]
     assert 1 <= len(checked) <= 5, "\n---\n".join(checked)
 
 
@@ -120,14 +107,12 @@ def test_a_notebook_names_no_place_of_one_machine(path: Path) -> None:
     assert not re.findall(r"(?<![\w.:/-])/(?:home|Users|tmp|mnt|private|var)/\S*", whole)
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in BOOKS if path.name.partition("_")[0] in ONLY_PLOT], ids=lambda path: path.stem
-)
-def test_a_notebook_that_only_plots_imports_no_model_stack(path: Path) -> None:
+def test_the_notebook_that_only_reads_results_imports_no_model_stack() -> None:
+    (path,) = NOTEBOOKS.glob("08_*.ipynb")
     tree = ast.parse("\n".join(re.sub(r"(?m)^\s*[%!].*$", "", notebooks.source(cell)) for cell in code(path)))
     imports = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
-    probe = "\n".join([*imports, "import sys", f"print(*(name for name in {MODEL_STACK} if name in sys.modules))"])
-    assert printed(probe) == []
+    probe = "print(*{'torch', 'transformers', 'transformer_lens'} & set(sys.modules))"
+    assert printed("\n".join([*imports, "import sys", probe])) == []
 
 
 def test_the_command_line_imports_the_standard_library_only() -> None:

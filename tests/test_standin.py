@@ -20,8 +20,7 @@ from companion.base.device import Placed, running_sum, to_host
 from companion.base.paths import ORGANISM
 from companion.generation import decode, forward, labels, outcomes
 from companion.generation.hooks import Edit, Steering
-from companion.mediation import estimands
-from companion.mediation.outcomes import opened_with
+from companion.mediation.outcomes import named_outcome, opened_with, opener_probabilities, patched_text_log_probs
 from companion.model import activations, load, memory, readout, replay
 from companion.model.architecture import Subject, find_parts
 from companion.model.interventions import Patch, position_mask
@@ -62,15 +61,19 @@ def on(where: torch.device | str, family: str = "llama", **changes: int) -> Subj
     return find_parts(model, None, f"tiny {family}", "x")
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_the_standin_refuses_what_cuda_refuses(case: str, place: torch.device) -> None:
-    with pytest.raises((RuntimeError, TypeError)):
-        REFUSED[case](torch.zeros(3, device=place))
+def two_runs(subject: Subject, **changes: int) -> list[activations.CleanRun]:
+    """Clean runs over two batches of random tokens, where the model is."""
+    return [activations.clean_run(subject, tokens(seed=seed, **changes).to(subject.device)) for seed in (1, 2)]
 
 
-@pytest.mark.parametrize("case", ALLOWED)
-def test_the_standin_takes_what_cuda_takes(case: str, place: torch.device) -> None:
-    assert ALLOWED[case](torch.zeros(3, device=place)).device == place
+@pytest.mark.parametrize("case", [*REFUSED, *ALLOWED])
+def test_the_standin_refuses_what_cuda_refuses_and_takes_what_cuda_takes(case: str, place: torch.device) -> None:
+    given = torch.zeros(3, device=place)
+    if case in ALLOWED:
+        assert ALLOWED[case](given).device == place
+    else:
+        with pytest.raises((RuntimeError, TypeError)):
+            REFUSED[case](given)
 
 
 def test_its_products_round_otherwise_and_by_the_number_of_rows(place: torch.device) -> None:
@@ -86,9 +89,8 @@ def test_every_family_gives_the_numbers_of_the_processor(family: str, place: tor
     found = []
     for where in ("cpu", place):
         subject = load.from_model(tiny_model(family).to(where), name=family)
-        base, source = (activations.clean_run(subject, tokens(seed=seed).to(where)) for seed in (1, 2))
         patches = [Patch(p.site, p.layer, p.positions.to(where), p.index) for p in every_patch()]
-        found.append(to_host(replay.interchange(subject, base, source, patches)))
+        found.append(to_host(replay.interchange(subject, *two_runs(subject), patches)))
         assert subject.facts is not None and subject.facts.device["name"] == ("cpu" if where == "cpu" else "stand-in")
     assert np.abs(found[0] - found[1]).max() < 1e-5 * np.abs(found[0]).max()
 
@@ -96,14 +98,13 @@ def test_every_family_gives_the_numbers_of_the_processor(family: str, place: tor
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_gradient_screen_and_a_sweep_stay_within_their_plan(family: str, place: torch.device) -> None:
     subject = on(place, family)
-    ids = [tokens(4, 24, seed).to(place) for seed in (1, 2)]
-    base, source = (activations.clean_run(subject, one) for one in ids)
-    plan = memory.sweep_memory(subject, 4, 24)
-    weight = subject.unembedding[0][0]
-    patches = [Patch(site, at, position_mask(ids[0], -1)) for site in ("mlp_out", "resid_post") for at in range(4)]
+    runs = two_runs(subject, n_pairs=4, n_pos=24)
+    plan, weight = memory.sweep_memory(subject, 4, 24), subject.unembedding[0][0]
+    last = position_mask(runs[0].tokens, -1)
+    patches = [Patch(site, at, last) for site in ("mlp_out", "resid_post") for at in range(4)]
     for work, planned in (
-        (lambda: attribution(subject, base, source, lambda resid: subject.final_norm(resid) @ weight), plan.screen),
-        (lambda: replay.interchange(subject, base, source, patches), plan.sweep),
+        (lambda: attribution(subject, *runs, lambda resid: subject.final_norm(resid) @ weight), plan.screen),
+        (lambda: replay.interchange(subject, *runs, patches), plan.sweep),
     ):
         before = standin.MEMORY.held
         gpu_parts.peak_bytes(place, reset=True)
@@ -120,7 +121,7 @@ def test_a_gradient_screen_leaves_out_attention_that_is_fused(place: torch.devic
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
     subject = on(place)
-    runs = [activations.clean_run(subject, tokens(seed=seed).to(place)) for seed in (1, 2)]
+    runs = two_runs(subject)
     seen.clear()
     attribution(subject, *runs, lambda resid: resid.sum(-1))
     assert seen == [False] * 4
@@ -136,19 +137,19 @@ def test_whole_vocabularies_are_read_in_blocks(place: torch.device, monkeypatch)
     before = standin.MEMORY.held
     standin.MEMORY.limit = before + memory.sweep_memory(subject, 16, 17).sweep + 8 * MIB
     patches = [Patch("mlp_out", layer, position_mask(clean[0].tokens, 3)) for layer in range(4)]
-    found = estimands.outcomes.patched_text_log_probs(subject, *clean, patches, text)
+    found = patched_text_log_probs(subject, *clean, patches, text)
     monkeypatch.setattr(readout, "BLOCK_LOGITS", 2**40)
     standin.MEMORY.limit = 2**34
-    whole = estimands.outcomes.patched_text_log_probs(subject, *clean, patches, text)
+    whole = patched_text_log_probs(subject, *clean, patches, text)
     torch.testing.assert_close(found.cpu(), whole.cpu(), rtol=1e-5, atol=1e-4)
     assert standin.MEMORY.peak - before > memory.sweep_memory(subject, 16, 17).sweep + 8 * MIB, "without blocks"
 
 
 def test_a_read_out_that_does_not_fit_is_halved_with_its_sweep(place: torch.device, monkeypatch) -> None:
     subject = on(place)
-    base, source = (activations.clean_run(subject, tokens(seed=seed).to(place)) for seed in (1, 2))
-    patches = [Patch("head", layer, position_mask(base.tokens, -1), head) for layer in range(4) for head in range(4)]
-    wanted = replay.interchange(subject, base, source, patches).cpu()
+    runs = two_runs(subject)
+    patches = [Patch("head", layer, position_mask(runs[0].tokens, -1), head) for layer in range(4) for head in range(4)]
+    wanted = replay.interchange(subject, *runs, patches).cpu()
 
     def read(resid: Tensor) -> Tensor:
         if resid.shape[1] > 3:
@@ -157,7 +158,7 @@ def test_a_read_out_that_does_not_fit_is_halved_with_its_sweep(place: torch.devi
 
     events = len(memory.events)
     with pytest.warns(UserWarning, match="went on with half as many"):
-        found = replay.interchange(subject, base, source, patches, readout=read)
+        found = replay.interchange(subject, *runs, patches, readout=read)
     torch.testing.assert_close(found.cpu(), wanted, rtol=1e-5, atol=1e-5)
     assert len(memory.events) > events
 
@@ -180,9 +181,9 @@ def test_full_forward_passes_are_waited_for_one_by_one(place: torch.device, monk
     waited = []
     monkeypatch.setattr(standin.Accelerator, "synchronize", lambda self, where=None: waited.append(where))
     subject = on(place)
-    base, source = (activations.clean_run(subject, tokens(seed=seed).to(place)) for seed in (1, 2))
-    patches = [Patch("mlp_out", layer, position_mask(base.tokens, -1)) for layer in range(3)]
-    replay.interchange_full_forward(subject, base, source, patches)
+    runs = two_runs(subject)
+    patches = [Patch("mlp_out", layer, position_mask(runs[0].tokens, -1)) for layer in range(3)]
+    replay.interchange_full_forward(subject, *runs, patches)
     assert waited == [place] * 3, "else the bar's estimate is of what was asked for, not of what was done"
 
 
@@ -194,13 +195,10 @@ def test_refusals_against_everything_else_on_the_device(place: torch.device, fam
     found: list[list[Tensor]] = []
     for where in (torch.device("cpu"), place):
         subject, openers = on(where, family), refusals_against_rest(VOCAB)[0]
-        runs = [activations.clean_run(subject, tokens(seed=seed).to(where)) for seed in (1, 2)]
+        runs = two_runs(subject)
         ends = [run.resid_post[-1][:, -1:] for run in runs]
-        named = [
-            estimands.outcomes.named_outcome(subject, ends[1], *ends, openers, name)
-            for name in ("Y1", "contrast.frozen")
-        ]
-        named += estimands.outcomes.opener_probabilities(subject, ends[0][:, 0], openers)
+        named = [named_outcome(subject, ends[1], *ends, openers, one) for one in ("Y1", "contrast.frozen")]
+        named += opener_probabilities(subject, ends[0][:, 0], openers)
         named.append(last_layer_log_odds(subject, *runs, openers))
         named.append(opened_with(subject, runs[0].tokens, [openers.comply] * 3, 3)[0])
         named.append(attribution(subject, *runs, partial(screening.log_odds, subject, openers)))
@@ -219,20 +217,16 @@ def test_answers_steering_and_the_judge_on_the_device(place: torch.device, monke
         assert subject.device.type == where
         openers, d = Openers(tuple(words[:2]), tuple(words[2:])), subject.d_model
         vector = np.sin(np.arange(d))
-        edits = [
-            Steering("fixed", (Edit(2, "resid_post", methods.constant(vector)),)),
-            Steering(
-                "map", (Edit(1, "mlp_out", methods.partial(methods._mapped, Placed(vector), Placed(vector)), "last"),)
-            ),
-        ]
+        mapped = methods.partial(methods._mapped, Placed(vector), Placed(vector))
+        edits = [Steering("fixed", (Edit(2, "resid_post", methods.constant(vector)),))]
+        edits += [Steering("map", (Edit(1, "mlp_out", mapped, "last"),))]
         odds = [outcomes.log_odds_each(subject, TEXTS, openers, [one])[0] for one in edits]
         odds += outcomes.log_odds_each(subject, TEXTS, openers, edits)
         own = decode.answers(subject, TEXTS, 8)
         drawn = decode.answers(subject, TEXTS, 8, draws=decode.uniforms(2, 8, 0))
         (price,) = outcomes.price_each(subject, TEXTS, own, edits[:1])
-        library = subject.model.generate(
-            subject.tensor(forward.encode(subject, TEXTS[0])[None]), max_new_tokens=8, do_sample=False
-        )
+        ids = subject.tensor(forward.encode(subject, TEXTS[0])[None])
+        library = subject.model.generate(ids, max_new_tokens=8, do_sample=False)
         numbers = [*(one.to_numpy() for one in odds), price.to_numpy()]
         numbers.append(labels.ask(subject, TEXTS, decode.answer_texts(subject, own)) >= 0.5)
         found.append((numbers, own.ids, drawn.ids, library.tolist()))
@@ -258,12 +252,9 @@ def test_layers_that_wait_in_the_processors_memory_change_no_number(place, tmp_p
     assert any(parameter.is_meta for parameter in away.model.parameters()) and away.device == place
     found = []
     for subject in (whole, away):
-        base, source = (activations.clean_run(subject, tokens(seed=seed).to(place)) for seed in (1, 2))
-        patches = [
-            Patch("neuron", 1, position_mask(base.tokens, -1), 3),
-            Patch("head", 1, position_mask(base.tokens, -1), 3),
-        ]
-        found.append(replay.interchange(subject, base, source, patches).cpu())
+        runs = [activations.clean_run(subject, tokens(seed=seed).to(place)) for seed in (1, 2)]
+        patches = [Patch(site, 1, position_mask(runs[0].tokens, -1), 3) for site in ("neuron", "head")]
+        found.append(replay.interchange(subject, *runs, patches).cpu())
     torch.testing.assert_close(*found)
 
 

@@ -82,12 +82,9 @@ def main(folder: str) -> None:
         differences = {
             name: largest_difference(found["cpu"] / f"{name}.csv", found["standin"] / f"{name}.csv") for name in EFFECTS
         }
+        worst = pd.Series(differences).groupby(lambda name: name[:2]).max()
         table = pd.read_csv(found["standin"] / "standin_times.csv")
-        worst = [
-            max((value for name, value in differences.items() if name[:2] == book[:2]), default=None)
-            for book in table.notebook
-        ]
-        tables.append(table.assign(model=model, dtype=dtype, largest_difference=worst))
+        tables.append(table.assign(model=model, dtype=dtype, largest_difference=table.notebook.str[:2].map(worst)))
     order = ["model", "dtype", "notebook", "code_cells", "largest_difference"]
     write_table(pd.concat(tables)[order], results_dir("benchmarks") / "standin.csv")
 

@@ -16,29 +16,21 @@ import huggingface_hub
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
+from companion.base.files import write_json
 from companion.base.paths import ROOT
 
 # ---- toy repository ----
 
 NEEDS = '{"01": (), "02": ("01",), "03": ("01",), "08": ("02", "03"), "00": ("08",)}'
-
 EMBEDDED = {"MODEL": "embedded", "PROMPTS": "embedded", "SLUG": "embedded", "DEVICE": "cpu", "DTYPE": "float32"}
 EMBEDDED |= {"PROFILE": "full", "PAIRS": 0}
 DEFAULTS = '{"MODEL": "embedded", "PROMPTS": "embedded", "SLUG": "embedded"}'  # nothing is fetched for a toy
-PARAMETERS = """MODEL = "embedded"
-PROMPTS = "embedded"
-SLUG = "embedded"
-DEVICE = "cpu"
-DTYPE = "float32"
-PROFILE = "full"
-PAIRS = 0"""
-
+PARAMETERS = "\n".join(f"{name} = {value!r}" for name, value in EMBEDDED.items())
 SETUP = """import sys
 sys.path.insert(0, "..")
 from companion.base import files, paths
 from companion.base.errors import InputError
 out, figures = paths.results_dir(SLUG), paths.figures_dir(SLUG)"""
-
 CLAIMS = """rows = ["model,claim,verdict", "other,C9,none", "embedded,C1,supported", "embedded,C2,not testable"]
 _ = files.write_text("\\n".join(rows) + "\\n", out / "claims.csv")"""
 
@@ -56,12 +48,14 @@ class Toy:
         """Write a toy notebook: parameters, set-up, then these code cells (one that writes a table by default)."""
         table = f'files.write_text("value\\n{number}\\n", out / "{number}_toy.csv")\nprint("a")\nprint("b")'
         figure = f'_ = files.write_text("svg", figures / "{number}_toy.svg")'
-        sources = [parameters, SETUP, *(cells or (table, figure))]
-        code = [_cell(source, ["parameters"] if source == parameters else []) for source in sources]
+        code = [
+            {"cell_type": "code", "source": source, "outputs": [], "execution_count": None}
+            | {"metadata": {"tags": ["parameters"]} if source == parameters else {}}
+            for source in (parameters, SETUP, *(cells or (table, figure)))
+        ]
         heading = {"cell_type": "markdown", "source": f"# Toy {number}\ntext", "metadata": {}}
         content = {"cells": [heading, *code], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
-        self.notebook(number).parent.mkdir(exist_ok=True)
-        self.notebook(number).write_text(json.dumps(content), encoding="utf-8")
+        write_json(content, self.notebook(number))
 
     def run(self, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
         command, places = [sys.executable, "-m", "companion.run.cli", *flags], environment(**variables)
@@ -80,9 +74,8 @@ class Toy:
 
     def contents(self) -> dict[str, bytes]:
         """Every file that a user would miss, by its path inside: no logs, times and notes of the runner."""
-        own = (self.root / name for name in ("notebooks", "results", "figures"))
-        paths = sorted(path for folder in own for path in folder.rglob("*") if path.is_file())
-        named = {path.relative_to(self.root).as_posix(): path for path in paths}
+        paths = [path for own in ("notebooks", "results", "figures") for path in sorted((self.root / own).rglob("*"))]
+        named = {path.relative_to(self.root).as_posix(): path for path in paths if path.is_file()}
         left_out = re.compile(r"/\.state/|/logs/|run_times")
         return {name: path.read_bytes() for name, path in named.items() if not left_out.search(name)}
 
@@ -113,31 +106,21 @@ def environment(**variables: str) -> dict[str, str]:
 
 def copy_repository(root: Path) -> Toy:
     """The code and the default model of this repository at `root`, with five toy notebooks and no prompts."""
-    ignored = shutil.ignore_patterns("__pycache__", ".*")
-    for name in ("helpers", "companion", "organisms"):
-        shutil.copytree(ROOT / name, root / name, ignore=ignored)
+    for name in ("helpers", "companion", "organisms", "data/organism/window-0"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     for name in ("requirements.in", "requirements.lock", "run_all.sh"):
         shutil.copy2(ROOT / name, root / name)
-    shutil.copytree(ROOT / "data" / "organism" / "window-0", root / "data" / "organism" / "window-0")
-    prompts = root / "data" / "prompts" / "embedded"
-    prompts.mkdir(parents=True)
     for name in ("pairs.jsonl", "outcome.json"):
-        (prompts / name).write_text("{}\n", encoding="utf-8")
+        write_json({}, root / "data" / "prompts" / "embedded" / name)
     runner = root / "companion" / "run" / "runner.py"  # needs of its own, so that a new notebook changes no test
     code = runner.read_text(encoding="utf-8")
     code = re.sub(r"(?s)(NEEDS: [^=]*= ){.*?\n}", r"\g<1>" + NEEDS, code)
     code = re.sub(r"(DEFAULTS: [^=]*= ){.*}", r"\g<1>" + DEFAULTS, code)
     runner.write_text(code, encoding="utf-8")
-    toy = Toy(root)
     for number in ("00", "01", "02", "03"):
-        toy.write(number)
-    toy.write("08", CLAIMS)
-    return toy
-
-
-def _cell(source: str, tags: list[str]) -> dict[str, object]:
-    metadata = {"tags": tags} if tags else {}
-    return {"cell_type": "code", "source": source, "metadata": metadata, "outputs": [], "execution_count": None}
+        Toy(root).write(number)
+    Toy(root).write("08", CLAIMS)
+    return Toy(root)
 
 
 # ---- hub ----
@@ -179,16 +162,17 @@ def serve(monkeypatch: pytest.MonkeyPatch, source: Path, cache: Path, commit: st
     monkeypatch.setenv("HF_HUB_CACHE", str(cache))
     fetched: list[str] = []
 
+    def names() -> list[str]:
+        return [path.relative_to(source).as_posix() for path in sorted(source.rglob("*")) if path.is_file()]
+
     def model_info(self: object, repo: str, *, revision: str, **_: object) -> SimpleNamespace:
         assert repo == REPO
-        files = [path for path in sorted(source.rglob("*")) if path.is_file()]
-        listed = [SimpleNamespace(rfilename=p.relative_to(source).as_posix(), size=p.stat().st_size) for p in files]
+        listed = [SimpleNamespace(rfilename=name, size=(source / name).stat().st_size) for name in names()]
         return SimpleNamespace(sha=commit, siblings=listed)
 
     def download(repo: str, *, revision: str, cache_dir: Path, allow_patterns: list, ignore_patterns: list) -> str:
         assert (repo, revision, Path(cache_dir)) == (REPO, commit, cache)
-        names = [path.relative_to(source).as_posix() for path in sorted(source.rglob("*")) if path.is_file()]
-        chosen = list(filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        chosen = list(filter_repo_objects(names(), allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
         fetched.extend(chosen)
         return str(put(cache, source, chosen, commit, ref=revision if revision != commit else None))
 

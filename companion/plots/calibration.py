@@ -26,10 +26,7 @@ def _frame(ax: Axes, x: float, y: float, width: int = 1) -> None:
 
 
 def built(table: pd.DataFrame) -> Figure:
-    """Layers by sites, one panel a model: the role that was written as words, the measured share as number and shade.
-
-    What decides is framed.
-    """
+    """Layers by sites, one panel a model: the written role as words, the measured share as shade; what decides is framed."""
     models, sites, n_layers = distinct(table.model), distinct(table.site), int(table.layer.max()) + 1
     figure, axes = style.new_figure(1, len(models), 4.0 * len(models), 1.0 + 0.44 * n_layers, sharey=True)
     for ax, model in zip(axes[0], models, strict=True):
@@ -63,8 +60,10 @@ def errors(table: pd.DataFrame, **options: Any) -> Figure:
     ax.set_title(options["title"], pad=17)
     for at, sign in TARGETS.values():
         ax.text(at, 1.01, f"{sign} {at:g}", ha="center", va="bottom", fontsize=8, transform=ax.get_xaxis_transform())
-    for claim in set(table.claim) - set(table.claim[table.error == "false supported"]):
-        ax.text(1, distinct(table.claim).index(claim), "● none built", ha="right", va="center", fontsize=8)
+    built = set(table.claim[table.error == "false supported"])
+    for y, claim in reversed(list(enumerate(distinct(table.claim)))):
+        if claim not in built:
+            ax.text(1, y, "● none built", ha="right", va="center", fontsize=8)
     return figure
 
 
@@ -73,8 +72,7 @@ def threshold(table: pd.DataFrame) -> Figure:
     claims = distinct(table.claim)
     n_columns = min(4, len(claims))
     n_rows = -(-len(claims) // n_columns)
-    size = 1.9 * n_columns + 0.6, 1.8 * n_rows + 0.5
-    figure, axes = style.new_figure(n_rows, n_columns, *size, sharey=True)
+    figure, axes = style.new_figure(n_rows, n_columns, 1.9 * n_columns + 0.6, 1.8 * n_rows + 0.5, sharey=True)
     for ax, claim in zip(axes.flat, claims, strict=False):
         part = table[table.claim == claim].sort_values("value")
         at = float(part.threshold.iloc[0])
@@ -107,9 +105,9 @@ def plants(table: pd.DataFrame) -> Figure:
     names = [*names[:-1], "framed\nsum", "same\ncells,\nrow 1"]
     for ax, effect in zip(axes[0], effects, strict=True):
         part = table[table.effect == effect]
-        grid = part.pivot(index="kind", columns="place", values="estimate").loc[kinds, places].to_numpy()
-        learned = part.pivot(index="kind", columns="place", values="learned").loc[kinds, places[:-1]].to_numpy(bool)
-        grid = np.c_[grid, part[part.place == places[-1]].set_index("kind").in_refuser[kinds]]
+        wide = part.pivot(index="kind", columns="place").loc[kinds]
+        learned = wide.learned[places[:-1]].to_numpy(bool)
+        grid = np.c_[wide.estimate[places], wide.in_refuser[places[-1]]]
         image = ax.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         for (y, x), share in np.ndenumerate(grid):
             if x >= len(places) - 1 or abs(share) >= style.SHOWN:  # of sums also a small one

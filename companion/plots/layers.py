@@ -1,4 +1,4 @@
-"""Figures of notebooks 00 to 03 and 08: a pair of prompts, what it shows, layers, modules, and heads and where they look."""
+"""Figures of notebooks 00 to 03, 05 and 08: a pair of prompts, layers, modules, heads, tokens, and the answers."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
 from companion.plots import style
-from companion.plots.style import BY_LAYER, ESTIMATE, LOG_ODDS, NAMES, distinct, spec
+from companion.plots.style import BY_LAYER, ESTIMATE, LOG_ODDS, NAMES, TOTAL, distinct, spec
 
 GROUP_COLOURS = {
     "system": "#EEEEEE", "header": "#DDDDDD", "wrapper": "#F0C27B", "distractor": "#B7E0F2", "verb": "#E8A27C",
     "object": "#8FCFB4", "rest": "#F7F7F7", "last_instruction": "#C9B6E4", "template": "#DDDDDD", "last": "#F4E27A",
 }  # fmt: skip
-MAP = (
-    "A map of layers by attention and MLP outputs at the last token of one pair, each cell with its share of the total "
-    "effect in per cent, red with and blue against the treatment"
-)
 PANELS = {
     "T1": "T1, a harmful request in place of its harmless twin", "T2": "T2, a jailbreak wrapper around a harmful request",
     "T2b": "T2b, the same wrapper around the harmless twin", "T2-T2b": "T2 − T2b, what the wrapper does to harm alone",
@@ -28,20 +27,24 @@ PANELS = {
     "direct": "it writes itself: swap its write in the final sum, nothing reacts",
 }  # fmt: skip
 ROWS = {
-    "T1": "T1: request turns harmful",
-    "T2": "T2: jailbreak wrapper, harmful request",
-    "T2b": "T2b: the same, harmless request",
-    "T2-T2b": "T2 − T2b: harmful beyond harmless",
-}
+    "T1": "T1: request turns harmful", "T2": "T2: jailbreak wrapper, harmful request",
+    "T2b": "T2b: the same, harmless request", "T2-T2b": "T2 − T2b: harmful beyond harmless",
+}  # fmt: skip
 SPLITS = ("discover", "validate", "test")
 CENTROID_MARGIN = 0.05  # by which harm must be later for C1
+TOKEN_ROWS = {
+    "rest": "other words", "last_instruction": "last word or mark", "template": "template behind it", "last": "last token",
+}  # fmt: skip
+PATHS = {"MLPs": "MLPs without attention", "attention": "needs attention", "skip": "neither: residual stream"}
+TREATMENTS = {
+    "T1": "T1: harmless to harmful request", "T2": "T2: jailbreak wrapper", "T2-T2b": "T2 - T2b: wrapper, on harm only",
+}  # fmt: skip
+TIMES = {"none": "never", "first token": "first token only", "first five": "first five tokens"}
+SHARES = (-0.5, 1.5)
 
 
 def pair_tokens(table: pd.DataFrame) -> Figure:
-    """Both prompts of one pair, token under token; columns: position, group, control, treated, differ.
-
-    What stands before the user's turn is the same in all prompts, and one box.
-    """
+    """Both prompts of one pair, token under token; what stands before the user's turn is the same in all, and one box."""
     before = (table.group.isin(["system", "header"]) & ~table.differ).cummin()
     own = table[~before].reset_index(drop=True)
     figure, ((axes,),) = style.new_figure(width=max(6.0, 0.28 * len(own) + 1.9), height=2.6)
@@ -55,36 +58,29 @@ def pair_tokens(table: pd.DataFrame) -> Figure:
             edge = "#D55E00" if row.differ else "#BBBBBB"
             axes.add_patch(Rectangle((at, y), 1, 0.9, fc=colour, ec=edge, lw=2 if row.differ else 0.6))
             axes.text(at + 0.5, y + 0.45, text, ha="center", va="center", fontsize=8, rotation=90)
-    runs = (own.group != own.group.shift()).cumsum()
-    spans = own.reset_index().groupby(runs)
+    spans = own.reset_index().groupby((own.group != own.group.shift()).cumsum())
     spans = spans.agg(group=("group", "first"), size=("group", "size"), middle=("index", "mean"))
     for run in spans.sort_values("size", kind="stable").drop_duplicates("group", keep="last").itertuples():
         name = str(run.group).replace("_", " ")
         axes.text(run.middle + 0.5, -0.1, name, ha="right", va="top", fontsize=8, rotation=35)
     for y, name in ((1, "control"), (0, "treated")):
         axes.text(-2.6, y + 0.45, name, ha="right", va="center", fontweight="bold", fontsize=8)
-    axes.set_xlim(-5.2, len(own) + 0.1)
-    axes.set_ylim(-0.9, 2)
-    axes.set_title("Which tokens differ? The outlined ones, and no others")
+    axes.set(xlim=(-5.2, len(own) + 0.1), ylim=(-0.9, 2), title="Which tokens differ? The outlined ones, and no others")
     return figure
 
 
 def component_map(table: pd.DataFrame, *, title: str) -> Figure:
-    """Layers by attention and MLP outputs of one pair, in per cent of its total effect; columns: layer, site, share.
-
-    Full colour is the whole effect, so that maps of several pairs can be compared.
-    """
+    """Layers by attention and MLP outputs of one pair, in per cent of its total effect, which has the full colour."""
     grid = 100 * table.pivot(index="site", columns="layer", values="share").sort_index()  # attention above MLP
-    figure, axes = style.new_figure(width=max(5.2, 0.25 * grid.shape[1] + 1.9), height=1.7)
-    ax, bound = axes[0, 0], max(100.0, float(grid.abs().max(axis=None)))
+    figure, ((ax,),) = style.new_figure(width=max(5.2, 0.25 * grid.shape[1] + 1.9), height=1.7)
+    bound = max(100.0, float(grid.abs().max(axis=None)))
     image = ax.imshow(grid, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
     for (y, x), value in np.ndenumerate(grid.to_numpy()):
         text = f"{value:.0f}".replace("-0", "0").replace("-", "\N{MINUS SIGN}")
         style.write_cell(ax, x, y, text, abs(value) / bound, 8)
     ax.set_xticks(range(grid.shape[1]), grid.columns, fontsize=8)
     ax.set_yticks(range(len(grid)), [style.NAMES[site] for site in grid.index])
-    ax.set_xlabel("layer (red: in the direction of TE)")
-    ax.set_title(title)
+    ax.set(xlabel="layer (red: in the direction of TE)", title=title)
     ax.grid(False)
     figure.colorbar(image, ax=ax, label="% of TE", pad=0.01)
     return figure
@@ -92,13 +88,10 @@ def component_map(table: pd.DataFrame, *, title: str) -> Figure:
 
 def total_effects(table: pd.DataFrame, **options: Any) -> Figure:
     """Total effects by treatment, which is named, and split, in the order in which splits are used."""
-    names = {
-        one: ROWS.get(one, f"{one}: a benign choice" if one[0] == "B" else one) for one in distinct(table.treatment)
-    }
-    splits = [one for one in SPLITS if one in set(table.split)]
-    parts = [table[table.split == split] for split in splits]
-    named = pd.concat(parts).sort_values("treatment", key=lambda t: t.map(list(names).index), kind="stable")
-    return style.dots(named.assign(treatment=named.treatment.map(names)), row="treatment", group="split", **options)
+    names = ROWS | {one: f"{one}: a benign choice" for one in table.treatment if one[0] == "B"}
+    order = {"treatment": distinct(table.treatment), "split": SPLITS}
+    ordered = table.sort_values(list(order), key=lambda own: own.map(order[own.name].index), kind="stable")
+    return style.dots(ordered.replace({"treatment": names}), row="treatment", group="split", **options)
 
 
 def layer_map(table: pd.DataFrame, *, panel: str, title: str) -> Figure:
@@ -129,41 +122,34 @@ def layer_map(table: pd.DataFrame, *, panel: str, title: str) -> Figure:
 
 def centroids(table: pd.DataFrame) -> Figure:
     """Depth of harm and of each benign behaviour, and beside it their difference; columns: quantity, contrast, estimate."""
-    figure, axes = style.new_figure(1, 2, 7.2, 2.9, width_ratios=[3, 2])
-    difference, own = (table[(table.contrast == "difference") == chosen] for chosen in (True, False))
-    contrasts = [("harm", "benign"), ("difference",)]
-    for ax, part, groups in zip(axes[0], (own, difference), contrasts, strict=True):
+    figure, ((left, right),) = style.new_figure(1, 2, 7.2, 2.9, width_ratios=[3, 2])
+    for ax, groups in ((left, ("harm", "benign")), (right, ("difference",))):
+        part = table[table.contrast.isin(groups)]
         style.draw_dots(ax, part, "quantity", "contrast", distinct(part.quantity), groups)
-    benign = own[own.contrast == "benign"].estimate.mean()
-    axes[0, 0].axvline(benign, color="black", lw=0.9, ls="--", label="mean of benign")
-    axes[0, 0].set_xlabel("mean depth, as share of all layers")
-    axes[0, 0].legend(fontsize=8)
-    axes[0, 1].axvline(0, color="black", lw=0.8)
-    axes[0, 1].axvline(CENTROID_MARGIN, color="black", lw=0.9, ls="--")
-    axes[0, 1].set_ylim(1.6, -0.6)
-    axes[0, 1].set_xlabel("harm − benign (depth, share)\ndashed: asked by C1")
+    benign = table[table.contrast == "benign"].estimate.mean()
+    left.axvline(benign, color="black", lw=0.9, ls="--", label="mean of benign")
+    left.set_xlabel("mean depth, as share of all layers")
+    left.legend(fontsize=8)
+    right.axvline(0, color="black", lw=0.8)
+    right.axvline(CENTROID_MARGIN, color="black", lw=0.9, ls="--")
+    right.set(ylim=(1.6, -0.6), xlabel="harm − benign (depth, share)\ndashed: asked by C1")
     style.heading(figure, "Is harm decided later than other choices?")
     return figure
 
 
 def read_and_carried(table: pd.DataFrame) -> Figure:
     """By layer, what a probe reads and what is carried on; columns: what, layer, estimate, low, high."""
-    figure = style.by_layer(
-        table, group="what", title="What early layers know is not yet what decides", unit="AUROC or share"
-    )
-    ax = figure.axes[0]
-    n_layers = int(table.layer.max()) + 1
-    ax.axvspan(-0.5, n_layers / 3 - 0.5, facecolor="none", edgecolor="#BBBBBB", hatch="///", lw=0, label="early layers")
+    title = "What early layers know is not yet what decides"
+    figure = style.by_layer(table, group="what", title=title, unit="AUROC or share")
+    ax, third = figure.axes[0], (int(table.layer.max()) + 1) / 3
+    ax.axvspan(-0.5, third - 0.5, facecolor="none", edgecolor="#BBBBBB", hatch="///", lw=0, label="early layers")
     ax.get_legend().remove()
     style.legend_below(figure, [ax], 3)
     return figure
 
 
 def heads(table: pd.DataFrame) -> Figure:
-    """Heads by layer, indirect above direct on one scale; `carries` frames a head.
-
-    A dot marks an interval that excludes 0, where the colour can be told from 0.
-    """
+    """Heads by layer, indirect above direct; a frame where it `carries`, a dot where an interval excludes 0 and one sees it."""
     effects, bound = distinct(table.effect), float(table.estimate.abs().max()) or 1.0
     n_heads = table["head"].nunique()
     figure, axes = style.new_figure(len(effects), 1, 7.2, 0.6 + len(effects) * (0.55 + 0.13 * n_heads), sharex=True)
@@ -173,8 +159,7 @@ def heads(table: pd.DataFrame) -> Figure:
         image = ax.imshow(grid, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
         ax.set_yticks(range(n_heads), grid.index, fontsize=8)
         ax.grid(False)
-        places = {name: {value: i for i, value in enumerate(getattr(grid, name))} for name in ("columns", "index")}
-        x, y = part.layer.map(places["columns"]), part["head"].map(places["index"])
+        x, y = part.layer.map(grid.columns.get_loc), part["head"].map(grid.index.get_loc)
         sure = ((part.low > 0) | (part.high < 0)) & (part.estimate.abs() > bound / 20)
         ax.plot(x[sure], y[sure], ".", color="black", ms=2.5)
         for left, top in zip(x[part.carries], y[part.carries], strict=True):
@@ -191,9 +176,8 @@ def heads(table: pd.DataFrame) -> Figure:
 def patterns(table: pd.DataFrame) -> Figure:
     """Where the last token looks, head by token, one panel a prompt; numbers from 0.05 on."""
     names, bound = distinct(table.panel), float(table.weight.max()) or 1.0
-    n_tokens, n_heads = table.position.nunique(), table["head"].nunique()
-    height = len(names) * (0.24 * n_heads + 1.15) + 0.4
-    figure, axes = style.new_figure(len(names), 1, max(5.0, 0.3 * n_tokens + 1.2), height)
+    width = max(5.0, 0.3 * table.position.nunique() + 1.2)
+    figure, axes = style.new_figure(len(names), 1, width, len(names) * (0.24 * table["head"].nunique() + 1.15) + 0.4)
     for ax, name in zip(axes[:, 0], names, strict=True):
         part = table[table.panel == name]
         grid = part.pivot(index="head", columns="position", values="weight").loc[distinct(part["head"])]
@@ -212,12 +196,81 @@ def patterns(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def _map(ax: Axes, part: pd.DataFrame, row: str, value: str, bound: float) -> AxesImage:
+    """Shares by row and layer, with their numbers in percent; hatched where the architecture lets no difference arrive."""
+    rows = distinct(part[row])
+    grid = part.pivot(index=row, columns="layer", values=value).reindex(rows)
+    steps = colormaps["RdBu_r"].resampled(max(1, int(bound / style.SHOWN) - 1 | 1))  # no number: the middle one
+    image = ax.imshow(grid, cmap=steps, vmin=-bound, vmax=bound, aspect="auto")
+    earliest = part.groupby(row)["earliest"].first()
+    for y, name in enumerate(rows):
+        width = int((grid.columns < earliest[name]).sum())
+        if width > 0:
+            ax.axhspan(y - 0.5, y + 0.5, 0, width / grid.shape[1], fc="none", ec="#999999", hatch="////", lw=0)
+        for x, number in enumerate(grid.loc[name]):
+            if abs(number) >= style.SHOWN:
+                style.write_cell(ax, x, y, f"{100 * number:.0f}", abs(number) / bound)
+    ax.set_xticks(range(grid.shape[1]), grid.columns)
+    ax.set(xlabel="layer", ylim=(len(rows) - 0.5, -0.5))
+    ax.grid(False)
+    return image
+
+
+def groups(table: pd.DataFrame) -> Figure:
+    """Groups of tokens in reading order against layers, one panel a treatment, on one scale."""
+    names, rows = distinct(table.treatment), distinct(table.group)
+    figure, axes = style.new_figure(len(names), 1, 7.0, 0.8 + len(names) * (0.6 + 0.24 * len(rows)))
+    bound = min(1.0, float(table.estimate.abs().max()) or 1.0)
+    for ax, name in zip(axes[:, 0], names, strict=True):
+        part = table[table.treatment == name]
+        image = _map(ax, part, "group", "estimate", bound)
+        here = distinct(part.group)
+        ax.set_yticks(range(len(here)), [TOKEN_ROWS.get(one, one) for one in here])
+        ax.set_title(TREATMENTS.get(str(name), str(name)), fontweight="normal")
+    figure.colorbar(image, ax=axes, label=TOTAL, format=PercentFormatter(1.0))
+    style.heading(figure, "Which tokens hold the effect, and when does the last one have it?")
+    return figure
+
+
+def tokens(table: pd.DataFrame) -> Figure:
+    """Single tokens of one pair in reading order against layers: columns layer, position, token, earliest, share."""
+    label = table.drop_duplicates("position").set_index("position")["token"]
+    figure, ((ax,),) = style.new_figure(1, 1, 7.0, 0.9 + 0.19 * len(label))
+    image = _map(ax, table, "position", "share", min(1.0, float(table.share.abs().max()) or 1.0))
+    ax.set_yticks(range(len(label)), [str(one).replace("$", r"\$") for one in label], fontsize=8)
+    ax.set_title("Which token of this prompt holds the wrapper's effect?")
+    figure.colorbar(image, ax=ax, label=TOTAL, format=PercentFormatter(1.0))
+    return figure
+
+
+def carriers(table: pd.DataFrame) -> Figure:
+    """Shares of the paths by layer; the axis ends at -0.5 and 1.5, and longer intervals leave it. A line is at `hand_over`."""
+    title, unit = "What carries the last token's signal on to the output?", "share of the last token's effect"
+    figure = style.by_layer(table.replace({"path": PATHS}), group="path", title=title, unit=unit, late=False)
+    ax = figure.axes[0]
+    low, high = ax.get_ylim()
+    ax.set(xlim=(table.layer.min() - 0.5, table.layer.max() + 0.5), ylim=(max(low, SHARES[0]), min(high, SHARES[1])))
+    for at in table.get("hand_over", table.layer[:0]).dropna().astype(int)[:1]:
+        ax.axvline(at, color="black", lw=0.9, ls="--", label=f"hand-over: layer {at}")
+        ax.legend()
+    return figure
+
+
+def timing(table: pd.DataFrame, **options: Any) -> Figure:
+    """Rates of harmful answers by schedule, one symbol for what is held."""
+    named = {"schedule": TIMES, "clamp": {"neurons": "largest neurons held", "whole MLP": "whole MLP output held"}}
+    unit = f"share of answers labelled harmful, n = {table.n.max()}"
+    return style.dots(table.replace(named), row="schedule", group="clamp", unit=unit, **options)
+
+
 # fmt: off
+ONE_PAIR = {"layer": "int", "site": "str", "share": "float"}
+MAP = ("A map of layers by attention and MLP outputs at the last token of {pair}, each cell with its share of the total "
+       "effect in per cent, red with and blue against the treatment")
 SPECS = (
-    spec("00_map", component_map, "all", {"layer": "int", "site": "str", "share": "float"}, MAP,
+    spec("00_map", component_map, "all", ONE_PAIR, MAP.format(pair="one pair"),
          title="The first pair: which component carries its effect?"),
-    spec("00_own", component_map, "all", {"layer": "int", "site": "str", "share": "float"},
-         MAP.replace("one pair", "the reader's own pair"),
+    spec("00_own", component_map, "all", ONE_PAIR, MAP.format(pair="the reader's own pair"),
          title="Your own pair: which component carries its effect?"),
     spec("01_tokens", pair_tokens, "all",
          {"position": "int", **dict.fromkeys(("group", "control", "treated"), "str"), "differ": "bool"},
@@ -267,6 +320,20 @@ SPECS = (
          {"panel": "str", "head": "str", "position": "int", "token": "str", "weight": "float"},
          "Attention of the carrying heads from the last token, a row a head and a column a token, above in the control "
          "and below in the treated prompt; everything before the user's words is one column"),
+    spec("05_tokens", tokens, "C4",
+         {"layer": "int", "position": "int", "token": "str", "earliest": "float", "share": "float"},
+         "Share of the total effect in the residual stream of every token of one prompt after each layer: first in the words "
+         "that differ, at the end in the last token; hatched where no difference can have arrived"),
+    spec("05_groups", groups, "C4", {"treatment": "str", "group": "str", "earliest": "float", **BY_LAYER},
+         "Share of the total effect in the residual stream of each group of tokens after each layer, one panel a treatment: "
+         "it leaves the words that differ and ends in the last token; hatched where no difference can have arrived"),
+    spec("05_carriers", carriers, "C4", {"path": "str", **BY_LAYER},
+         "Share of the last token's effect that needs attention, that MLPs carry without it, and that needs neither, from each "
+         "layer on"),
+    spec("05_timing", timing, "C5c", {"clamp": "str", "schedule": "str", "n": "int", **ESTIMATE},
+         "Share of jailbroken prompts with a harmful answer, the last layer held never, at the first token, at all tokens, or "
+         "at all but the first",
+         title="The last layer is held at a refusing run's values: when, and what then?", limits=(-0.05, 1.05), below=True),
     spec("08_claims", style.answers, "all", dict.fromkeys(("model", "claim", "name", "answer", "number", "grade"), "str"),
          "Answers, a row for each claim and a column for each model: the number that decides with its interval, and by colour "
          "and word supported, contradicted or inconclusive; hatched where the rule cannot tell"),

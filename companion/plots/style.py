@@ -118,18 +118,16 @@ def write_cell(ax: Axes, x: float, y: float, text: str, shade: float, size: int 
 
 def not_defined(why: NotDefined) -> Figure:
     """An empty frame with the sentence that says why there is no result to draw."""
-    figure, axes = new_figure(height=1.6)
-    axes[0, 0].set_axis_off()
-    axes[0, 0].text(0.5, 0.5, textwrap.fill(str(why), 80), ha="center", va="center", style="italic")
+    figure, ((ax,),) = new_figure(height=1.6)
+    ax.set_axis_off()
+    ax.text(0.5, 0.5, textwrap.fill(str(why), 80), ha="center", va="center", style="italic")
     return figure
 
 
 def points(axes: Axes, x: np.ndarray, table: pd.DataFrame, k: int, label: str, *, line: bool = True) -> None:
     """Estimates with intervals in the k-th colour and marker."""
-    axes.errorbar(
-        x, table["estimate"], yerr=interval_lengths(table), color=OKABE_ITO[k % 8], marker=MARKERS[k % 8], ms=4, lw=1.2,
-        ls="-" if line else "none", capsize=2, label=label,
-    )  # fmt: skip
+    looks = mark(k) | {"ms": 4, "lw": 1.2, "ls": "-" if line else "none", "label": label}
+    axes.errorbar(x, table["estimate"], yerr=interval_lengths(table), **looks)
 
 
 def layer_axis(axes: Axes, n_layers: int) -> None:
@@ -142,8 +140,7 @@ def layer_axis(axes: Axes, n_layers: int) -> None:
 def cumulative(table: pd.DataFrame) -> Figure:
     """Share of TE carried by the last-token residual stream after each layer, one panel a model, one line a treatment.
 
-    The untrained twin is a dashed line in a pale band, which may leave the axis: its TE is next to nothing. Layers below a
-    panel's light cone are shaded.
+    The untrained twin is dashed, its band may leave the axis; layers where nothing can have arrived are hatched.
     """
     names, n_layers = distinct(table.model), int(table.layer.max()) + 1
     limits = table.loc[table.line != "untrained twin", ["low", "high"]].to_numpy()
@@ -160,12 +157,11 @@ def cumulative(table: pd.DataFrame) -> Figure:
         earliest = float(own.earliest.iloc[0])
         if earliest > 0:
             ax.axvspan(-0.5, earliest - 0.5, facecolor="none", edgecolor="#999999", hatch="///", lw=0, alpha=0.6)
-            said, where = "cannot have\narrived yet", ax.get_xaxis_transform()
-            ax.text(-0.4, 0.04, said, transform=where, va="bottom", color="#444444")
+            where = {"transform": ax.get_xaxis_transform(), "va": "bottom", "color": "#444444"}
+            ax.text(-0.4, 0.04, "cannot have\narrived yet", **where)
         ax.axhline(1, color="black", lw=0.8, ls=":")
         layer_axis(ax, n_layers)
-        ax.set_title(name)
-        ax.set_ylim(min([0.0, *limits]) - 0.1, max([1.0, *limits]) + 0.1)
+        ax.set(title=name, ylim=(min([0.0, *limits]) - 0.1, max([1.0, *limits]) + 0.1))
     axes[0, 0].set_ylabel(TOTAL)
     axes[0, -1].legend(loc="lower right")
     heading(figure, "After which layers does the last token hold the effect? (in any network: all at the end)")
@@ -173,22 +169,16 @@ def cumulative(table: pd.DataFrame) -> Figure:
 
 
 def by_layer(table: pd.DataFrame, *, group: str, title: str, unit: str, late: bool = True) -> Figure:
-    """Estimates by layer, one line for each value of `group`.
-
-    Layers that the claims call late (depth > 2/3) are shaded, if `late`.
-    """
-    figure, axes = new_figure()
-    ax, n_layers = axes[0, 0], int(table.layer.max()) + 1
-    names = distinct(table[group])
-    for k, name in enumerate(names):
-        part = table[table[group] == name]
-        points(ax, part.layer.to_numpy() + 0.08 * (k - (len(names) - 1) / 2), part, k, NAMES.get(name, name))
+    """Estimates by layer, one line for each value of `group`; layers that the claims call late are shaded, if `late`."""
+    figure, ((ax,),) = new_figure()
+    n_layers, n_lines = int(table.layer.max()) + 1, table[group].nunique()
+    for k, (name, part) in enumerate(table.groupby(group, sort=False)):
+        points(ax, part.layer.to_numpy() + 0.08 * (k - (n_lines - 1) / 2), part, k, NAMES.get(name, name))
     layer_axis(ax, n_layers)
     is_late = depth(np.arange(n_layers), n_layers) > LATE
     for first in np.flatnonzero(is_late & late)[:1]:  # one layer alone is not late
         ax.axvspan(first - 0.5, n_layers - 0.5, color="#999999", alpha=0.15, lw=0, label="late layers")
-    ax.set_ylabel(unit)
-    ax.set_title(title)
+    ax.set(ylabel=unit, title=title)
     ax.legend()
     return figure
 
@@ -197,23 +187,20 @@ def dots(
     table: pd.DataFrame, *, row: str, group: str, title: str, unit: str, marks: Sequence[float] = (),
     limits: tuple[float, float] | None = None, below: bool = False,
 ) -> Figure:  # fmt: skip
-    """Estimates with intervals on a horizontal axis, one row for each value of `row`; vertical lines at `marks`.
+    """Estimates with intervals, one row for each value of `row`; vertical lines at `marks`.
 
-    `limits` cut the axis; an interval that leaves the frame is wider than what can be said. `below` puts the legend under the
-    axis, where no corner of the frame is free.
+    `limits` cut the axis; `below` puts the legend under it, where no corner of the frame is free.
     """
     rows, groups = (distinct(table[name]) for name in (row, group))
-    figure, axes = new_figure(width=7.0, height=0.9 + len(rows) * (0.14 + 0.045 * len(groups)))
-    ax = axes[0, 0]
+    height = 0.9 + len(rows) * (0.14 + 0.045 * len(groups)) + 0.4 * below
+    figure, ((ax,),) = new_figure(width=7.0, height=height)
     draw_dots(ax, table, row, group, rows, groups)
     for mark in marks:
         ax.axvline(mark, color="black", lw=0.9, ls="--")
-    ax.set_xlabel(unit)
-    ax.set_title(title)
+    ax.set(xlabel=unit, title=title)
     if limits:
         ax.set_xlim(*limits)
     if below:
-        figure.set_size_inches(7.0, figure.get_size_inches()[1] + 0.4)
         legend_below(figure, [ax], 2 if len(groups) < 5 else 5)
     else:
         ax.legend(fontsize=8)
@@ -246,8 +233,7 @@ def answers(table: pd.DataFrame) -> Figure:
     """
     models, claims = distinct(table.model), sorted(distinct(table.claim))
     names, n = dict(zip(table.claim, table.name, strict=True)), len(models)
-    figure, axes = new_figure(width=max(6.4, 2.0 + 0.95 * n), height=1.3 + (0.26 if n == 1 else 0.36) * len(claims))
-    ax = axes[0, 0]
+    figure, ((ax,),) = new_figure(width=max(6.4, 2.0 + 0.95 * n), height=1.3 + (0.26 if n == 1 else 0.36) * len(claims))
     for row in table[table.answer.isin(list(ANSWERS))].fillna("").itertuples():
         x, y = models.index(str(row.model)), claims.index(str(row.claim))
         word, look = ANSWERS[str(row.answer)]
@@ -258,8 +244,7 @@ def answers(table: pd.DataFrame) -> Figure:
     for name, (word, look) in ANSWERS.items():
         label = f"{word}: {name}" if word else name
         ax.add_patch(plt.Rectangle((0, 0), 0, 0, ec="#999999", lw=0.6, label=label, **look))
-    ax.set_xlim(-0.5, n - 0.5)
-    ax.set_ylim(len(claims) - 0.4, -0.6)
+    ax.set(xlim=(-0.5, n - 0.5), ylim=(len(claims) - 0.4, -0.6))
     ax.set_xticks(range(n), models, fontsize=8)
     ax.set_yticks(range(len(claims)), [f"{c}  {names[c]}" for c in claims], fontsize=8)
     ax.grid(False)

@@ -1,7 +1,6 @@
 """The interactive view: a map of layer by token for each site of one pair, as a page that needs no network.
 
-Drawing and script are our own and inline, so a page has some tens of kilobytes, the same bytes in every run, and works in
-Jupyter, in the exported book and as a file. Colours are those of the maps in PNG that stand beside it.
+Drawing and script are our own and inline, so a page is small, the same in every run, and works in Jupyter and as a file.
 """
 
 from __future__ import annotations
@@ -85,10 +84,9 @@ draw(); choose(d.best[0],d.best[1]);
 
 
 def interactive_map(table: pd.DataFrame) -> str:
-    """The page of one pair's map: a column a token, a row a layer, a button a site, the number under the pointer.
+    """The page of one pair's map: a column a token, a row a layer, a button a site; a cell that has no row is grey.
 
-    `table` has a row a cell: site, layer, position, token, share, with `low` and `high` where an interval is known. A cell
-    that has no row is grey.
+    `table` has a row a cell: site, layer, position, token, share, with `low` and `high` where an interval is known.
     """
     if lacking := [name for name in COLUMNS if name not in table]:
         raise InputError(f"the map of a pair needs a column '{lacking[0]}'; it has {', '.join(table.columns)}")

@@ -29,10 +29,14 @@ from companion.run import notebooks, runner
 from companion.run.freshness import processor
 
 RTOL, ATOL = 1e-3, 1e-4  # of committed numbers: other processors round differently in the fifth digit
-STYLE = {"ruff check": ["ruff", "check", "."], "ruff format": ["ruff", "format", "--check", "."], "mypy": ["mypy"]}
 ON_A_DEVICE = "tests/test_standin_notebooks.py"
-DEVICE = ("notebooks, stand-in GPU", ["pytest", "--quiet", ON_A_DEVICE])
-UNIT = ("unit tests and doctests", ["pytest", "--quiet", f"--ignore={ON_A_DEVICE}"])
+STEPS = {
+    "unit tests and doctests": ["pytest", "--quiet", f"--ignore={ON_A_DEVICE}"],
+    "ruff check": ["ruff", "check", "."],
+    "ruff format": ["ruff", "format", "--check", "."],
+    "mypy": ["mypy"],
+    "notebooks, stand-in GPU": ["pytest", "--quiet", ON_A_DEVICE],
+}
 NBVAL = ["--nbval", "--nbval-current-env", "--nbval-sanitize-with=tests/nbval_sanitize.cfg", "--quiet"]
 LOCK = ROOT / "requirements.lock"
 # torch's wheel for Linux brings these itself, and the CPU build has none of them.
@@ -52,10 +56,7 @@ Outcome = tuple[str, bool, float]  # name, whether it passed, seconds
 
 
 def run_all() -> int:
-    """Exit status: 1 if any check failed.
-
-    The notebooks are checked on the default run, or on `embedded` where the default model is out of reach.
-    """
+    """Exit status: 1 if any check failed. Without the default model the notebooks are checked on `embedded`."""
     asked, why = runner.DEFAULTS, ""
     try:
         smollm2.fetch_smollm2()
@@ -69,13 +70,15 @@ def run_all() -> int:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         scratch = Path(folder).resolve()
         variables = notebooks.environment(scratch) | notebooks.threads(asked["MODEL"]) | {STRICT: "1"}
-        steps = [pool.submit(_step, name, command, unseen) for name, command in (UNIT, *STYLE.items(), DEVICE)]
+        steps = [pool.submit(_step, name, command, unseen) for name, command in STEPS.items()]
+        given = [word for name, value in asked.items() for word in ("-p", name, str(value))]
+        options = ["--cwd", str(NOTEBOOKS), "-k", "python3", *given]
         read: dict[str, Future[Outcome]] = {}
         for number, path in runner.find_notebooks().items():
             needed = [read[need] for need in runner.NEEDS[number]]
             name, command = f"nbval {path.stem}", ["pytest", *NBVAL, str(path)]
             if why:
-                name, command = f"run {path.stem}", _papermill(path, scratch, asked)
+                name, command = f"run {path.stem}", ["papermill", str(path), str(scratch / path.name), *options]
             read[number] = pool.submit(_step, name, command, variables, needed)
         outcomes = [step.result() for step in (*steps, *read.values())]
         outcomes.append(compare(scratch / "results", asked["SLUG"]))
@@ -90,12 +93,6 @@ def run_all() -> int:
     if why:
         print(f"not checked: the notebooks and results of {runner.DEFAULTS['SLUG']} ({why})")
     return int(bool(failed))
-
-
-def _papermill(path: Path, scratch: Path, asked: Mapping[str, object]) -> list[str]:
-    """The command that runs a notebook with these parameters, for its tables alone."""
-    given = [word for name, value in asked.items() for word in ("-p", name, str(value))]
-    return ["papermill", str(path), str(scratch / path.name), "--cwd", str(NOTEBOOKS), "-k", "python3", *given]
 
 
 def _step(
@@ -121,20 +118,17 @@ def compare(fresh: Path, slug: str) -> Outcome:
     """
     print("\n== committed results against those just made", flush=True)
     start = time.monotonic()
-    found = {
-        path: _difference(path, fresh / path.relative_to(RESULTS)) for path in sorted(RESULTS.glob(f"{slug}/*.csv"))
-    }
-    differences = [f"{relative(path)}: {line}" for path, line in found.items() if line]
+    tables = sorted(RESULTS.glob(f"{slug}/*.csv"))
+    found = [(path, _difference(path, fresh / path.relative_to(RESULTS))) for path in tables]
+    differences = [f"{relative(path)}: {line}" for path, line in found if line]
     print("\n".join(differences) or "the same")
     made_on, here = read_json(RESULTS / slug / "manifest.json").get("processor"), processor()
     passed = not differences
     if differences and made_on != here:
         print(f"committed results are from another processor ({made_on}; here {here}): only answers are compared")
-        paths = [folder / slug / "claims.csv" for folder in (RESULTS, fresh)]
-        verdicts = [
-            pd.read_csv(path)[["model", "claim", "rule", "answer"]].fillna("") for path in paths if path.is_file()
-        ]
-        passed = len(verdicts) == 2 and verdicts[0].equals(verdicts[1])
+        paths = [path for folder in (RESULTS, fresh) if (path := folder / slug / "claims.csv").is_file()]
+        said = [pd.read_csv(path)[["model", "claim", "rule", "answer"]].fillna("") for path in paths]
+        passed = len(said) == 2 and said[0].equals(said[1])
     return "committed results", passed, time.monotonic() - start
 
 
@@ -167,10 +161,7 @@ def locked(lines: Sequence[str]) -> list[str]:
 
 
 def make_lock(options: Sequence[str]) -> int:
-    """Resolve `requirements.in` for all systems and write what `PYTHONS` need of it; the exit status of uv.
-
-    A lock with a package that some of them would have to compile is not written.
-    """
+    """Resolve `requirements.in` and write what `PYTHONS` need of it, unless that would be compiled; the exit status of uv."""
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / LOCK.name
         raw.write_text(LOCK.read_text(encoding="utf-8"), encoding="utf-8")  # uv keeps the versions that it finds

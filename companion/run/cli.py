@@ -25,8 +25,6 @@ from companion.run.freshness import run_times
 from companion.run.notebooks import notebook_title
 from companion.run.overview import claims_table
 
-FIRST = "notebooks/00_start_here.ipynb"
-DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 COMMITTED = ROOT / "results" / "committed.yml"
 # What an entry in a list of models may hold.
 KEYS = ("model", "adapter", "prompts", "wrappers", "judge", "name", "device", "dtype", "profile", "tokenizer", "pairs")
@@ -36,7 +34,6 @@ class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is an `InputError`."""
 
     def error(self, message: str) -> NoReturn:
-        """Report a mistake in the flags."""
         raise InputError(f"{message} (./run_all.sh --help lists the flags)")
 
 
@@ -87,7 +84,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     # What argparse makes of --flag=--, before Python 3.13 and since.
     if any(value in ([], "--") for name, value in vars(flags).items() if name != "set"):
         raise InputError("-- is no value of a flag: expected a name, a folder or a number")
-    if not DEVICE.fullmatch(flags.device):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", flags.device):
         raise InputError(f"--device {flags.device}: expected auto, cpu, cuda or cuda:N")
     for name, least, most in (("pairs", 10, 10**6), ("shards", 1, 1000), ("jobs", 1, 100)):
         if (number := getattr(flags, name)) and not least <= number <= most:
@@ -98,7 +95,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise InputError("--executor and --set go with --shards")
     flags.models = str(COMMITTED) if flags.all else flags.models
     chosen = (flags.model, flags.prompts, flags.adapter, flags.tokenizer, flags.name, flags.models)
-    flags.may_fall_back = chosen == (None,) * len(chosen)
+    flags.may_fall_back = set(chosen) == {None}
     flags.model = named(runner.DEFAULTS["MODEL"] if flags.model is None else flags.model, ORGANISM)
     flags.prompts = named(settings.default_prompts(flags.model) if flags.prompts is None else flags.prompts, PROMPTS)
     flags.judge = None if flags.judge is None else named(flags.judge, ORGANISM)
@@ -187,10 +184,7 @@ def run_with_flags(name: str, main: Callable[[Sequence[str]], int], arguments: S
 
 
 def read_model_list(path: Path) -> list[list[str]]:
-    """The flags of each entry of a list of models, as `["--model=/models/a"]`.
-
-    Raises `InputError` naming the entry for anything but a list of entries with known keys and plain values.
-    """
+    """The flags of each entry of a list of models, as `["--model=/models/a"]`; `InputError` names a wrong entry."""
     import yaml  # the command line is imported before any package is installed
 
     if not path.is_file():
@@ -215,8 +209,8 @@ def read_model_list(path: Path) -> list[list[str]]:
 
 def lab_command(root: Path = ROOT, *options: str) -> list[str]:
     """The command that opens JupyterLab at the first notebook; it serves the repository, so that links between folders work."""
-    lab = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={root}"]
-    return [*lab, f"--LabApp.default_url=/lab/tree/{FIRST}", *options]
+    first = "--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb"
+    return [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={root}", first, *options]
 
 
 def lab_environment() -> dict[str, str]:
@@ -225,7 +219,7 @@ def lab_environment() -> dict[str, str]:
 
 
 def run_alone(flags: argparse.Namespace) -> int | None:
-    """Do what a flag asks for that runs no notebook: --test, --book, --lab, --recalibrate; None if none was given."""
+    """Do what a flag asks for that runs no notebook; None if none of these was given."""
     if flags.test:
         from companion.run import checks
 
@@ -239,10 +233,8 @@ def run_alone(flags: argparse.Namespace) -> int | None:
     if flags.recalibrate:
         from companion.calibration import draws, plants, truths
 
-        draws.run_draws(flags.recalibrate)
-        draws.run_population(flags.recalibrate)
-        truths.run_knock_outs(flags.recalibrate)
-        plants.run_real_plants(flags.recalibrate)
+        for measure in (draws.run_draws, draws.run_population, truths.run_knock_outs, plants.run_real_plants):
+            measure(flags.recalibrate)
         return 0
     return None
 
@@ -255,10 +247,9 @@ def run_command(flags: argparse.Namespace) -> int:
     found = parameters(flags, settings.resolve_device(flags.device))
     plan = runner.make_plan(settings.fetched(found, flags.wrappers), force=chosen if flags.force else ())
     numbers = runner.with_needs(chosen, plan.paths)
-    asked = plan.parameters
-    if (asked["MODEL"], asked["PROMPTS"]) != ("embedded", "embedded") and plan.stale & set(numbers):
-        for line in settings.check_pairs(*(asked[name] for name in ("MODEL", "PROMPTS", "PAIRS", "PROFILE"))):
-            print(line, flush=True)
+    asked = [plan.parameters[name] for name in ("MODEL", "PROMPTS", "PAIRS", "PROFILE")]
+    if asked[:2] != ["embedded", "embedded"] and plan.stale & set(numbers):
+        print(*settings.check_pairs(*asked), sep="\n", flush=True)
     if not shards.measure_shards(plan, numbers, flags):
         print("not every shard finished; what did is kept, and the same command goes on from there", file=sys.stderr)
         return 1
@@ -290,11 +281,10 @@ def list_command(flags: argparse.Namespace) -> int:
     """Print the notebooks in reading order: number, last wall time, whether it is up to date, title."""
     plan = runner.make_plan(resolved(flags))
     times = run_times(plan.results)
-    for number in sorted(plan.paths):
-        stem = plan.paths[number].stem
-        seconds = f"{times[stem]} s" if stem in times else "-"
+    for number, path in sorted(plan.paths.items()):
+        seconds = f"{times[path.stem]} s" if path.stem in times else "-"
         state = "stale" if number in plan.stale else "fresh"
-        print(f"{stem:<16} {seconds:>6}  {state}  {notebook_title(plan.notebooks[number])}")
+        print(f"{path.stem:<16} {seconds:>6}  {state}  {notebook_title(plan.notebooks[number])}")
     return 0
 
 
@@ -320,12 +310,10 @@ def one_command(asked: argparse.Namespace) -> int:
 
 def models_command(flags: argparse.Namespace) -> int:
     """Do the same for every entry of a list of models; all entries are checked before the first one starts."""
-    plain = parse([])
-    given = [name for name in KEYS if getattr(flags, name) != getattr(plain, name)]
-    if given:
-        raise InputError(
-            f"--{'all' if flags.all else 'models'} goes without --{given[0]}: write it into a list for --models"
-        )
+    plain, flag = parse([]), "--all" if flags.all else "--models"
+    for name in KEYS:
+        if getattr(flags, name) != getattr(plain, name):
+            raise InputError(f"{flag} goes without --{name}: write it into a list for --models")
     path = folders.from_caller(flags.models).resolve()
     entries = read_model_list(path)
     os.environ["COMPANION_CALLER"] = str(path.parent)  # folders in the list count from its own
@@ -350,12 +338,11 @@ def run_list(runs: Mapping[str, Callable[[], int]]) -> int:
     for place, (slug, run) in enumerate(runs.items(), start=1):
         print(f"{'' if place == 1 else chr(10)}=== model {place} of {len(runs)}: {slug}", flush=True)
         try:
-            status = run()
+            failed += [slug] if run() else []
         except Exception as error:  # Ctrl-C is none, and stops the list
             kind = "" if isinstance(error, InputError | OSError) else f"{type(error).__name__}: "
             print(f"{slug}: {kind}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
-            status = 2
-        failed += [slug] if status else []
+            failed.append(slug)
     print(f"\n{len(runs) - len(failed)} of {len(runs)} models finished", flush=True)
     if failed:
         print(f"not finished: {', '.join(failed)}; the same command tries these again", file=sys.stderr)

@@ -35,9 +35,8 @@ def keys(
     """For each notebook number (in dependency order) the hash of what its results rest on: `shared` is `rests_on`."""
     found: dict[str, str] = {}
     for number, notebook in notebooks.items():
-        code = [source(cell) for cell in code_cells(notebook)]
         upstream = [found[need] for need in needs[number] if need in found]
-        found[number] = digest(code, dict(parameters), shared, upstream)
+        found[number] = digest([source(cell) for cell in code_cells(notebook)], dict(parameters), shared, upstream)
     return found
 
 
@@ -105,18 +104,18 @@ def requirement_names(path: Path) -> list[str]:
 
 def write_manifest(results: Path, parameters: Mapping[str, Any], known: KnownHashes) -> None:
     """Write `manifest.json` into the run's results."""
-    prompts = prompts_folder(parameters["PROMPTS"])
-    chunks, facts = results / "chunks.json", results / "model_facts.json"
-    judge = os.environ.get(hub.JUDGE)
+    prompts, judge = prompts_folder(parameters["PROMPTS"]), os.environ.get(hub.JUDGE)
+    notes = (results / name for name in ("model_facts.json", "chunks.json"))
+    facts, chunks = (read_json(path) if path.is_file() else None for path in notes)
     releases = {name: metadata.version(name) for name in requirement_names(ROOT / "requirements.in")}
     content = {
         "model": _model(parameters["MODEL"], known),
         "prompts": {"name": prompts.name, "sha256": hash_folder(prompts, known)},
-        "facts": read_json(facts) if facts.is_file() else None,
+        "facts": facts,
         **{name.lower(): parameters[name] for name in ("DEVICE", "DTYPE", "PROFILE", "PAIRS")},
         **({"judge": Path(judge).name if Path(judge).is_absolute() else judge} if judge else {}),
         "seed": SEED,
-        "chunk_sizes": read_json(chunks) if chunks.is_file() else None,
+        "chunk_sizes": chunks,
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
         # Without the build's tag (+cpu), which differs between machines.
         "packages": {name: release.partition("+")[0] for name, release in releases.items()},
@@ -131,15 +130,13 @@ def _model(given: str, known: KnownHashes) -> dict[str, Any]:
     """Name and file hashes; of a model of the hub also its id and commit, and whether its own code was allowed to run."""
     base, adapter = split_adapter(given)
     folder, hub_id = model_folder(base), hub.parse(base)
-    found: dict[str, Any] = {"name": folder.name, "sha256": hash_folder(folder, known)}
+    tokenizer = gguf.tokenizer_folder() if gguf.is_gguf(folder) else None
+    name = base if base == smollm2.NAME else folder.name
+    found: dict[str, Any] = {"name": name, "sha256": hash_folder(folder, known)}
     if hub_id is not None and folder.is_relative_to(hub.cache()):
         found |= {"name": hub_id.repo, "revision": folder.name}
-    if base == smollm2.NAME:
-        found["name"] = base
-    if gguf.is_gguf(folder) and (tokenizer := gguf.tokenizer_folder()) is not None:
-        found["tokenizer"] = {"name": tokenizer.name, "sha256": hash_folder(tokenizer, known)}
-    if adapter is not None:
-        found["adapter"] = {"name": adapter.name, "sha256": hash_folder(adapter, known)}
+    for kind, place in (("tokenizer", tokenizer), ("adapter", adapter)):
+        found |= {kind: {"name": place.name, "sha256": hash_folder(place, known)}} if place else {}
     return found | ({"remote_code": True} if hub.trusts_code() else {})
 
 
@@ -147,11 +144,11 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """What rounds the last bits: the processor's model, and the widest vectors that it computes with."""
     if not cpuinfo.is_file():
         return platform.processor() or platform.machine()
-    lines = (line.partition(":") for line in cpuinfo.read_text(encoding="utf-8").split("\n\n")[0].splitlines())
-    fields = {name.strip(): value.strip() for name, _, value in lines}
-    named = [fields.get(name, "") for name in ("model name", "cpu family", "model")]
+    first = cpuinfo.read_text(encoding="utf-8").split("\n\n")[0]
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
     flags = set(fields.get("flags", "").split())
-    return ", ".join([*filter(None, named), *(one for one in ("avx2", "avx512f", "amx_bf16") if one in flags)])
+    named = filter(None, (fields.get(name) for name in ("model name", "cpu family", "model")))
+    return ", ".join([*named, *(one for one in ("avx2", "avx512f", "amx_bf16") if one in flags)])
 
 
 def git_state() -> dict[str, Any] | None:

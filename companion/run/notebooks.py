@@ -32,25 +32,19 @@ TARGET = "target.ipynb"
 # The kernel is this very Python, whatever kernels are registered on the machine.
 KERNEL = {
     "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
-    "display_name": "Python 3",
-    "language": "python",
-}
+    "display_name": "Python 3", "language": "python",
+}  # fmt: skip
 # Where the system's allocator is glibc's: memory that was freed is kept. Sweeps free and ask for the same sizes all the time,
 # and a page that comes anew from the system costs some systems more than what is computed on it. Very large pieces go back
 # all the same: between kept ones they would leave gaps that nothing fits into.
 ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**25),
-    "MALLOC_TRIM_THRESHOLD_": str(2**32),
-    "MALLOC_TOP_PAD_": str(2**26),
-}
-DETERMINISTIC = {  # variables under which a library neither phones home nor depends on chance
-    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-    "PYTHONHASHSEED": "0",
-    "SOURCE_DATE_EPOCH": "0",
-    "TOKENIZERS_PARALLELISM": "false",
-    "TQDM_DISABLE": "1",  # bars hold times, and would be stored in the notebooks
-    "WANDB_MODE": "disabled",
-}
+    "MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_TOP_PAD_": str(2**26),
+}  # fmt: skip
+# Variables under which a library neither phones home nor depends on chance; bars hold times, which would be stored.
+DETERMINISTIC = {
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1", "PYTHONHASHSEED": "0", "SOURCE_DATE_EPOCH": "0",
+    "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "WANDB_MODE": "disabled",
+}  # fmt: skip
 
 
 def read_notebook(path: Path) -> Notebook:
@@ -115,7 +109,18 @@ def prepared(notebook: Notebook) -> Notebook:
 
 def cleaned(notebook: Notebook) -> Notebook:
     """The executed notebook without times, random ids and versions, so that a rerun gives the same bytes."""
-    return {**notebook, "cells": [_clean_cell(cell) for cell in notebook["cells"]], "metadata": _metadata(notebook)}
+    cells = []
+    for cell in notebook["cells"]:
+        metadata = {name: value for name, value in cell["metadata"].items() if name not in ("papermill", "execution")}
+        if not metadata.get("tags", True):
+            del metadata["tags"]
+        clean = {**cell, "metadata": metadata}
+        if INJECTED in tags(cell):
+            clean["id"] = INJECTED
+        if cell["cell_type"] == "code":
+            clean["outputs"] = _joined(cell["outputs"])
+        cells.append(clean)
+    return {**notebook, "cells": cells, "metadata": _metadata(notebook)}
 
 
 def _metadata(notebook: Notebook) -> dict[str, Any]:
@@ -124,18 +129,6 @@ def _metadata(notebook: Notebook) -> dict[str, Any]:
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     language = {"name": "python", "file_extension": ".py", "pygments_lexer": "ipython3"}
     return {**kept, "kernelspec": kernel, "language_info": language}
-
-
-def _clean_cell(cell: Cell) -> Cell:
-    metadata = {name: value for name, value in cell["metadata"].items() if name not in ("papermill", "execution")}
-    if not metadata.get("tags", True):
-        del metadata["tags"]
-    clean = {**cell, "metadata": metadata}
-    if INJECTED in tags(cell):
-        clean["id"] = INJECTED
-    if cell["cell_type"] == "code":
-        clean["outputs"] = _joined(cell["outputs"])
-    return clean
 
 
 def _joined(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -169,21 +162,17 @@ def environment(scratch: Path) -> dict[str, str]:
 
 
 def threads(model: str) -> dict[str, str]:
-    """One thread for small models, unless OMP_NUM_THREADS says otherwise; all there are for larger ones.
-
-    Small products gain little from a second thread, and where the other core is busy, waiting for it costs tenfold.
-    """
+    """One thread for small models, unless OMP_NUM_THREADS says otherwise: waiting for a second one may cost them tenfold."""
     return {} if "OMP_NUM_THREADS" in os.environ or not is_small(model) else {"OMP_NUM_THREADS": "1"}
 
 
 def start_notebook(
     notebook: Notebook, parameters: Mapping[str, Any], folder: Path, log: Path
 ) -> tuple[subprocess.Popen[bytes], IO[str]]:
-    """Start a notebook, which writes into `folder`/results and `folder`/figures; with no parameters nothing is injected.
+    """Start a notebook, which writes into `folder`/results, `folder`/figures and `folder`/target.ipynb, and all it says to `log`.
 
-    Returns its process and a pipe on which that says what went wrong; at the end `folder`/target.ipynb is the executed one.
-    The process ends when its standard input closes, as where the runner was killed; Ctrl-C does not reach it. `log` gets
-    all that it writes, with the full traceback.
+    Returns its process and a pipe on which that says what went wrong. With no parameters nothing is injected. The process
+    ends when its standard input closes, as where the runner was killed; Ctrl-C does not reach it.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     write_text(notebook_text(prepared(notebook)), folder / "source.ipynb")
@@ -224,10 +213,9 @@ def _executed(source: Path, target: Path, cwd: str, parameters: dict[str, Any]) 
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
+    options = {"parameters": parameters, "kernel_name": "python3", "cwd": cwd, "progress_bar": False}
     try:
-        papermill.execute_notebook(
-            source, target, parameters=parameters, kernel_name="python3", cwd=cwd, progress_bar=False
-        )
+        papermill.execute_notebook(source, target, **options)
     except PapermillExecutionError as error:
         cell = _answered(read_notebook(target))
         return f"code cell {cell}: {_sentence(error.ename, error.evalue)}", "\n".join(error.traceback)

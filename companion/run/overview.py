@@ -35,11 +35,8 @@ QUESTIONS = {
 }
 ANSWERS = dict.fromkeys(("model", "claim", "name", "answer", "number", "grade"), "str")
 SAYS = {
-    "supported": "holds",
-    "contradicted": "does not hold",
-    "inconclusive": "undecided",
-    "not testable": "not measured",
-}
+    "supported": "holds", "contradicted": "does not hold", "inconclusive": "undecided", "not testable": "not measured",
+}  # fmt: skip
 SHORT = ("claim", "verdict", "estimate", "ci_low", "ci_high", "answer", "grade")  # columns of a table for the terminal
 DEFAULT = REFUSES  # the run whose page the joined one is
 
@@ -79,10 +76,7 @@ def shape_of(slug: str) -> tuple[int, bool] | None:
 
 
 def run_evidence(slug: str) -> pd.DataFrame:
-    """The evidence that a run's notebooks 02 to 06 left, of its own model and of those that it is compared with.
-
-    Raises InputError for a damaged file, and where there is none.
-    """
+    """The evidence that a run's notebooks 02 to 06 left, also of models that it is compared with; InputError without any."""
     import pandas as pd
 
     from companion.claims.ledger import KEYS
@@ -98,8 +92,7 @@ def join_claims(results: Path) -> None:
     """Join the verdicts of all runs, `NAME/claims.*`, into `claims.csv`, `claims.json` and `claims.md`.
 
     A run also judges models that its own is compared with: those come last, and only where they have no run of their own.
-    A run's torn file is left out: its notebook 08 is stale, and makes it again. The page is that of the default run, with a
-    line for every other model that has a run.
+    A run's torn file is left out: its notebook 08 is stale, and makes it again.
     """
     for name in ("claims.csv", "claims.json"):
         head, runs = "", dict[str, dict[tuple[str, ...], Any]]()

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from companion.base import files, smollm2
 from companion.base.display import FAILED_CHECK
@@ -34,17 +34,9 @@ from companion.run.notebooks import Notebook, read_notebook
 # Each notebook and those that it needs, in the order in which they run: it reads their results, or, of 01, takes the model
 # and prompts as checked. 00 is the first to read and the last to run: it shows one pair, and reports the run.
 NEEDS: dict[str, tuple[str, ...]] = {
-    "01": (),
-    "06": ("01",),
-    "05": ("01",),
-    "02": ("01",),
-    "04": ("01",),
-    "03": ("02",),
-    "04b": ("04",),
-    "07": (),
-    "08": ("02", "03", "04", "04b", "05", "06", "07"),
-    "00": ("08",),
-}
+    "01": (), "06": ("01",), "05": ("01",), "02": ("01",), "04": ("01",), "03": ("02",), "04b": ("04",), "07": (),
+    "08": ("02", "03", "04", "04b", "05", "06", "07"), "00": ("08",),
+}  # fmt: skip
 FOR_TWO = 12e9  # bytes of the machine's memory: two notebooks of `smollm2-refuser` at once take up to 8.4 GB, one 4.6
 MADE_FROM = "made_from"  # a run's note of what it was asked to study, and where that lay
 DEFAULTS: dict[str, Any] = {"MODEL": smollm2.REFUSES, "PROMPTS": "english", "SLUG": smollm2.REFUSES}
@@ -85,12 +77,12 @@ class Plan:
 
 def find_notebooks() -> dict[str, Path]:
     """The notebooks by number, in the order in which they run; `InputError` for one that nobody gave a place."""
-    paths = sorted(NOTEBOOKS.glob("[0-9][0-9]*_*.ipynb"))
-    found = {path.name.partition("_")[0]: path for path in paths}
-    without = [path for path in paths if path not in found.values() or path.name.partition("_")[0] not in NEEDS]
-    if without:
-        where = "NEEDS of companion/run/runner.py"
-        raise InputError(f"{relative(without[0])} has no line of its own in {where}: say there what it needs")
+    numbers = {path: path.name.partition("_")[0] for path in sorted(NOTEBOOKS.glob("[0-9][0-9]*_*.ipynb"))}
+    found = {number: path for path, number in numbers.items()}
+    for path, number in numbers.items():
+        if found[number] != path or number not in NEEDS:
+            where = "NEEDS of companion/run/runner.py"
+            raise InputError(f"{relative(path)} has no line of its own in {where}: say there what it needs")
     return {number: found[number] for number in NEEDS if number in found}
 
 
@@ -112,11 +104,10 @@ def make_plan(parameters: Mapping[str, Any], force: Sequence[str] = ()) -> Plan:
 
 
 def _is_fresh(plan: Plan, number: str, known: files.KnownHashes) -> bool:
-    try:
-        is_executed = notebooks.is_executed(read_notebook(plan.executed(number)))
-    except InputError:  # a missing or torn copy is made again; a torn notebook of the repository was named before
-        return False
-    return is_executed and freshness.is_fresh(plan.results, number, plan.keys[number], known)
+    with suppress(InputError):  # a missing or torn copy is made again; a torn source was named before
+        if notebooks.is_executed(read_notebook(plan.executed(number))):
+            return freshness.is_fresh(plan.results, number, plan.keys[number], known)
+    return False
 
 
 def with_needs(chosen: Sequence[str], paths: Mapping[str, Path]) -> list[str]:
@@ -135,19 +126,14 @@ def lock_file(results: Path) -> Path:
 
 @contextmanager
 def only_run(results: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock of the run whose results are in `results`, which ends with this process however it ends.
-
-    Raises `InputError` where another process holds it (or waits for that one), or where the folder cannot be written.
-    """
+    """Hold the lock of the run with these `results`; `InputError` (or a wait) if another does, or if it cannot be written."""
     path = lock_file(results)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     except PermissionError as error:
-        raise InputError(
-            f"{relative(results)} cannot be written ({error.strerror}): name folders of your own in COMPANION_RESULTS and "
-            "COMPANION_FIGURES, or copy the repository"
-        ) from None
+        instead = "name folders of your own in COMPANION_RESULTS and COMPANION_FIGURES, or copy the repository"
+        raise InputError(f"{relative(results)} cannot be written ({error.strerror}): {instead}") from None
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -156,44 +142,32 @@ def only_run(results: Path, *, wait: bool = False) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
 class Stage:
     """Where one notebook of a run works: copies of the run's results, so that no file in place is touched."""
 
-    plan: Plan
-    number: str
-    folder: Path
-    log: Path
-    before: Mapping[Path, tuple[int, ...]]
-    process: subprocess.Popen[bytes]
-    told: IO[str]
-    start: float
-
-    @classmethod
-    def begin(cls, plan: Plan, number: str) -> Stage:
+    def __init__(self, plan: Plan, number: str) -> None:
         """Make the stage and start the notebook in it."""
-        folder = plan.results / STATE / f"stage-{os.getpid()}-{secrets.token_hex(4)}"  # on the disk of the results
-        results = folder / "results"
-        (folder / "figures").mkdir(parents=True)
+        self.plan, self.number = plan, number
+        self.folder = plan.results / STATE / f"stage-{os.getpid()}-{secrets.token_hex(4)}"  # on the disk of the results
+        results = self.folder / "results"
+        (self.folder / "figures").mkdir(parents=True)
         # The runner's own folders stay out, and parts of sweeps, which are many, are written one by one and whole.
         kept_out = shutil.ignore_patterns(STATE, "logs", "notebooks", PARTS, ".*")
         shutil.copytree(plan.results, results / plan.slug, ignore=kept_out)
         if (plan.results / PARTS).is_dir():
             (results / plan.slug / PARTS).symlink_to(plan.results / PARTS, target_is_directory=True)
-        before = _files(results)
+        self.before = _files(results)
+        self.log = plan.results / "logs" / f"{plan.paths[number].stem}.log"
         parameters = {} if plan.is_default else plan.parameters
-        log = plan.results / "logs" / f"{plan.paths[number].stem}.log"
-        process, told = notebooks.start_notebook(plan.notebooks[number], parameters, folder, log)
-        return cls(plan, number, folder, log, before, process, told, time.monotonic())
+        self.process, self.told = notebooks.start_notebook(plan.notebooks[number], parameters, self.folder, self.log)
+        self.start = time.monotonic()
 
     def fileno(self) -> int:
         """What `select` waits for: the pipe on which the notebook's process says how it ended."""
         return self.told.fileno()
 
     def finish(self) -> tuple[float, str, int]:
-        """Put the files of a notebook that ended into their places; returns its seconds, what went wrong, if it did, and how
-        many of its checks failed (`companion.base.display.check`).
-        """
+        """Put the files of a notebook that ended into their places; its seconds, what went wrong, how many checks failed."""
         plan, path = self.plan, self.plan.paths[self.number]
         text = ""
         try:
@@ -202,9 +176,8 @@ class Stage:
             status = self.process.wait()
             seconds = time.monotonic() - self.start
             if status and not problem:
-                is_killed = status == -signal.SIGKILL
-                ended = "was killed (was there enough memory?)" if is_killed else f"ended with status {status}"
-                problem = f"its process {ended}"
+                killed = "its process was killed (was there enough memory?)"
+                problem = killed if status == -signal.SIGKILL else f"its process ended with status {status}"
             if problem:
                 problem += f"\n  the whole story: {relative(self.log)}"
             elif plan.is_default and path.read_bytes() != plan.originals[self.number]:
@@ -220,8 +193,8 @@ class Stage:
         plan, number = self.plan, self.number
         moves: dict[Path, Path] = {}
         for shown, real in ((self.folder / "results", RESULTS), (self.folder / "figures", FIGURES)):
-            written = (name for name, state in _files(shown).items() if self.before.get(name) != state)
-            moves |= {real / name: shown / name for name in written}
+            states = _files(shown).items()
+            moves |= {real / name: shown / name for name, state in states if self.before.get(name) != state}
         left = freshness.outdated(plan.results, number, moves)
         for target, made in moves.items():
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -259,19 +232,16 @@ def default_jobs(plan: Plan) -> int:
 
 
 def run_notebooks(plan: Plan, numbers: Sequence[str], made_from: Mapping[str, str | None], jobs: int = 0) -> int:
-    """Run the stale ones of `numbers`, `jobs` at once (0: `default_jobs`); returns how many failed or were not started.
-
-    `made_from` is noted with the first result: whose results these are (`companion.run.settings.made_from`).
-    """
+    """Run the stale ones of `numbers`, `jobs` at once (0: `default_jobs`); returns how many failed or were not started."""
     for number, notebook in plan.notebooks.items():  # papermill only warns of a parameter that a notebook does not know
         if notebooks.notebook_parameters(notebook) != DEFAULTS:
             expected = ", ".join(f"{name} = {value!r}" for name, value in DEFAULTS.items())
             where = relative(plan.paths[number])
             raise InputError(f"{where}: its cell tagged 'parameters' must be exactly: {expected}")
+    stale = [number for number in numbers if number in plan.stale]
     with only_run(plan.results):
         for left in (plan.results / STATE).glob("stage*"):  # of a run that was killed
             shutil.rmtree(left)
-        stale = [number for number in numbers if number in plan.stale]
         done = _run_stale(plan, numbers, stale, made_from, jobs or default_jobs(plan))
         if done or not (plan.results / "manifest.json").is_file():
             freshness.write_manifest(plan.results, plan.parameters, freshness.recall(plan.results, "hashes"))
@@ -285,13 +255,14 @@ def _run_stale(
 ) -> list[str]:
     """Start what can start while there is room, the longest first by the last run's times; returns what finished."""
     names = {number: plan.paths[number].stem for number in numbers}
-    times = {**run_times(RESULTS / DEFAULTS["SLUG"]), **run_times(plan.results)}
+    times = run_times(RESULTS / DEFAULTS["SLUG"]) | run_times(plan.results)
 
     def say(number: str, what: str) -> None:
         print(f"[{list(names).index(number) + 1}/{len(names)}] {names[number]} {what}", flush=True)
 
-    for number in (number for number in numbers if number not in stale):
-        say(number, "fresh, skipped")
+    for number in numbers:
+        if number not in stale:
+            say(number, "fresh, skipped")
     order = TopologicalSorter({number: set(NEEDS[number]) & set(stale) for number in stale})
     order.prepare()
     ready, stages = list(order.get_ready()), list[Stage]()
@@ -300,7 +271,7 @@ def _run_stale(
         while ready or stages:
             for number in sorted(ready, key=lambda number: -times.get(names[number], 0))[: jobs - len(stages)]:
                 say(number, f"(last time {times[names[number]]} s) ..." if names[number] in times else "...")
-                stages.append(Stage.begin(plan, number))
+                stages.append(Stage(plan, number))
                 ready.remove(number)
             for stage in select.select(stages, [], [])[0]:
                 stages.remove(stage)

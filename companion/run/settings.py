@@ -1,8 +1,7 @@
 """From what was typed to what a run uses: its name, its device, and models, judges and prompt sets by name become folders.
 
-A prompt set of public sets is made here for one model: T1 goes from a harmless to a harmful request; T2 and T2b put the
-user's own wrappers around the same requests. Its texts go to the user's cache and never into the repository. The command
-line imports this module, so what is heavy is imported where it is needed.
+A prompt set of public sets is made here for one model; its texts go to the user's cache and never into the repository. The
+command line imports this module, so what is heavy is imported where it is needed.
 """
 
 from __future__ import annotations
@@ -33,15 +32,11 @@ if TYPE_CHECKING:
     from companion.prompts.public import Request, Wrapper
 
 RESERVED = ("embedded", smollm2.NAME, *smollm2.refusers())  # runs whose results are in the repository
-
 LONGEST = 90  # characters of a name that nobody chose
 
 
 def slug(found: Mapping[str, Any], name: str | None, judge: str | None, given: str | None) -> str:
-    """The run's name, as given or by default; `given` are its wrappers.
-
-    Raises InputError for a name that cannot be, and for that of a run with another model, prompt set, wrappers or judge.
-    """
+    """The run's name; InputError for one that cannot be, or of a run with another model, prompts, wrappers (`given`) or judge."""
     chosen = check_slug(default_slug(found, judge, given) if name is None else name)
     if chosen in RESERVED and chosen != default_slug(found, judge, given):
         raise InputError(f"--name {chosen} is the run of that model, whose results are kept: choose another name")
@@ -70,8 +65,8 @@ def default_slug(found: Mapping[str, Any], judge: str | None = None, given: str 
     True
     """
     base, adapter = folders.split_adapter(found["MODEL"])
-    is_named = found["MODEL"] in smollm2.refusers()
-    parts = [found["MODEL"]] if is_named else [hub.slug(base), *([f"adapter-{adapter.name}"] if adapter else [])]
+    parts = [hub.slug(base), *([f"adapter-{adapter.name}"] if adapter else [])]
+    parts = [found["MODEL"]] if found["MODEL"] in smollm2.refusers() else parts
     if found["PROMPTS"] != ("english" if base == smollm2.NAME else "embedded"):
         parts.append(Path(found["PROMPTS"]).name)
     parts += [found[name] for name in ("DEVICE", "DTYPE", "PROFILE") if found[name] != runner.DEFAULTS[name]]
@@ -81,9 +76,8 @@ def default_slug(found: Mapping[str, Any], judge: str | None = None, given: str 
         parts.append(f"wrappers-{place.name if place.is_dir() else place.stem}")
     parts += [f"judge-{hub.slug(judge)}"] if judge else []
     whole = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).lstrip(".")
-    if len(whole) <= LONGEST:
-        return whole
-    return f"{whole[: LONGEST - 9]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+    end = f"-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+    return whole if len(whole) <= LONGEST else whole[: LONGEST - len(end)] + end
 
 
 def made_from(found: Mapping[str, Any], judge: str | None, given: str | None) -> dict[str, str | None]:
@@ -109,8 +103,7 @@ def _place(model: str) -> str:
 
 
 def default_prompts(model: str) -> str:
-    """The prompt set if none is named: the embedded language, plain English for `smollm2` and its refusers, the open public
-    sets for a model of the hub.
+    """The prompt set if none is named.
 
     >>> default_prompts("embedded"), default_prompts("smollm2"), default_prompts("ORG/MODEL")
     ('embedded', 'english', 'jailbreakbench,strongreject,xstest')
@@ -123,12 +116,11 @@ def default_prompts(model: str) -> str:
 def check_wrappers(prompts: str, given: str | None) -> None:
     """`InputError` for wrappers that cannot be used, and for a list of public sets with an unknown name in it."""
     is_public = is_public_set(prompts)  # raises for a list with an unknown name in it
-    if given is None:
-        return
-    public.read_wrappers(folders.from_caller(given))
-    if not is_public:
-        sets = ", ".join(public.SETS)
-        raise InputError(f"--wrappers goes with a public prompt set ({sets}); a folder has its T2 pairs in it")
+    if given is not None:
+        public.read_wrappers(folders.from_caller(given))
+        if not is_public:
+            sets = ", ".join(public.SETS)
+            raise InputError(f"--wrappers goes with a public prompt set ({sets}); a folder has its T2 pairs in it")
 
 
 def is_public_set(prompts: str) -> bool:
@@ -143,8 +135,8 @@ def known(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
         try:
             hub.set_variable(hub.JUDGE, hub.pinned(judge))
         except InputError:
-            why = "is not in the hub's cache yet: a run without --list downloads it"
-            raise InputError(f"--judge: {judge} {why}") from None
+            lacking = f"{judge} is not in the hub's cache yet: a run without --list downloads it"
+            raise InputError(f"--judge: {lacking}") from None
     model, prompts = found["MODEL"], found["PROMPTS"]
     base, adapter = folders.split_adapter(model)
     if base == smollm2.NAME and not smollm2.is_fetched():
@@ -160,14 +152,11 @@ def known(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
 
 
 def fetched(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
-    """The parameters once the model is downloaded, and the prompt set is made of the public sets asked for.
-
-    Where that asks a GPU, a process of its own does it: its end gives the GPU's memory back to the notebooks.
-    """
+    """The parameters once the model is downloaded, and the prompt set is made of the public sets asked for."""
     if folders.split_adapter(found["MODEL"])[0] == smollm2.NAME:
         smollm2.fetch_smollm2()
     asks = folders.is_on_hub(found["MODEL"]) or is_public_set(found["PROMPTS"]) or os.environ.get(hub.JUDGE)
-    do = apart if asks and found["DEVICE"] != "cpu" else _fetched
+    do = apart if asks and found["DEVICE"] != "cpu" else _fetched  # its end gives a GPU's memory back to the notebooks
     return known({**found, "MODEL": do(dict(found), given)}, given)
 
 
@@ -234,10 +223,8 @@ def _ready_judge(judge: str, device: str) -> str:
 def check_prompts(name: str) -> None:
     """`InputError` unless `name` is a shipped prompt set, a public one or a folder."""
     if not prompts_folder(name).is_dir() and public.parse(name) is None:
-        shipped, sets = ", ".join(names(PROMPTS)), ", ".join(public.SETS)
-        raise InputError(
-            f"no prompt set {name!r}: give a folder or one of the shipped ({shipped}), or a public one ({sets})"
-        )
+        known = f"one of the shipped ({', '.join(names(PROMPTS))}), or a public one ({', '.join(public.SETS)})"
+        raise InputError(f"no prompt set {name!r}: give a folder or {known}")
 
 
 def resolve_device(name: str) -> str:
@@ -272,10 +259,8 @@ def check_pairs(model: str, prompts: str, pairs: int, profile: str) -> list[str]
     notes = {line for found in openers.values() for line in found.notes}
     if affordable and not pairs and profile == "full":
         about = f"about {memory.minutes(shapes, len(usable)):.0f} minutes for all notebooks on this processor"
-        notes.add(
-            f"at most {affordable} pairs a treatment, as each pair costs {memory.operations(shapes):.1g} "
-            f"operations ({about}); --pairs gives another number"
-        )
+        costs = f"each pair costs {memory.operations(shapes):.1g} operations ({about})"
+        notes.add(f"at most {affordable} pairs a treatment, as {costs}; --pairs gives another number")
     return [f"{len(usable)} of {len(chosen)} pairs usable{reasons}", *sorted(notes)]
 
 
@@ -290,29 +275,18 @@ class Collected:
 
 
 def ensure(folder: Path, name: str, model: str, wrapper_file: Path | None, *, device: str, dtype: str) -> None:
-    """Make the prompt set in `folder` unless it is there: what a user changed in it since, such as outcome.json, stays.
-
-    Sets that cannot be loaded are named and left out, also by later runs; InputError if none can be loaded.
-    """
+    """Make the prompt set in `folder` unless it is there: what a user changed in it since, such as outcome.json, stays."""
+    from companion.base import thresholds
     from companion.generation import openers
+    from companion.model.load import load_tokenizer
+    from companion.prompts import partners
 
     if public.is_made(folder):
         print(f"prompt set: {folder} (remove this folder to make it anew)")
         note = read_json(folder / "set.json")
         for line in note.get("notes", []) if isinstance(note, dict) else []:
             print(f"  when it was made: {line}")
-    else:
-        pairs = _make(folder, name, model, wrapper_file)
-        openers.ensure_openers(folder, pairs, model=model, device=device, dtype=dtype)
-        print(f"prompt set: {folder} (texts stay there; edit outcome.json in it if its words do not fit)")
-
-
-def _make(folder: Path, name: str, model: str, wrapper_file: Path | None) -> tuple[Pair, ...]:
-    """Write the pairs, and a note with what a later run should say again; returns the pairs."""
-    from companion.base import thresholds
-    from companion.model.load import load_tokenizer
-    from companion.prompts import partners
-
+        return
     tokenizer = load_tokenizer(model_folder(model))
     made = collect(name, tokenizer, public.read_wrappers(wrapper_file) if wrapper_file else ())
     print(*made.notes, *partners.survival(made.pairs, made.n_requests, tokenizer), sep="\n")
@@ -324,24 +298,20 @@ def _make(folder: Path, name: str, model: str, wrapper_file: Path | None) -> tup
     columns = ("id", "treatment", "topic", "control", "treated", "family", "twin")
     rows = [{name: getattr(pair, name) for name in columns if name != "twin" or pair.twin} for pair in made.pairs]
     write_text("".join(json.dumps(row) + "\n" for row in rows), folder / "pairs.jsonl")
-    return made.pairs
+    openers.ensure_openers(folder, made.pairs, model=model, device=device, dtype=dtype)
+    print(f"prompt set: {folder} (texts stay there; edit outcome.json in it if its words do not fit)")
 
 
 def collect(name: str, tokenizer: PreTrainedTokenizerBase, templates: Sequence[Wrapper]) -> Collected:
-    """The pairs of every set that can be loaded; a request of several rows or sets makes one topic, in the first, and so do
-    near copies of one.
+    """The pairs of every set that can be loaded (others are noted; InputError if none can); near copies are one topic.
 
-    Each makes a pair of T1 with its harmless partner, and in each wrapper one of T2, and of T2b if the partner is its twin.
+    A request makes a pair of T1 with its harmless partner, and in each wrapper one of T2, and of T2b if the partner is its twin.
     """
     from companion.prompts import partners
     from companion.prompts.pairs import Pair
 
-    made: list[Pair] = []
-    notes: list[str] = []
-    note = notes.append
-    hashes: dict[str, str] = {}
-    asked: dict[str, str] = {}
-    seen: set[str] = set()
+    made, notes, seen = list[Pair](), list[str](), set[str]()
+    hashes, asked, note = dict[str, str](), dict[str, str](), notes.append
     benign: dict[int, list[Request]] = {}
     for part in public.parse(name) or ():
         is_matched = public.matched(part)
@@ -371,15 +341,14 @@ def collect(name: str, tokenizer: PreTrainedTokenizerBase, templates: Sequence[W
         hashes |= {one.id: one.sha256 for one in (*rows.harmful, *rows.harmless) if one}
         asked |= {one.id: one.text for one in rows.harmful}
     if not made:
-        what = f"--prompts {name}: none of these sets could be loaded, or no request has a partner"
-        raise InputError("; ".join([what, *notes]))
+        nothing = f"--prompts {name}: none of these sets could be loaded, or no request has a partner"
+        raise InputError("; ".join([nothing, *notes]))
     clusters = public.near_duplicates(list(asked.values()))
     first = dict(zip(reversed(clusters), reversed(asked), strict=True))
     topic = {one: first[cluster] for one, cluster in zip(asked, clusters, strict=True)}
-    share = f"those that share {public.OVERLAP:g} of their words are one topic"
-    note(f"{len(first)} topics of {len(asked)} requests: {share}")
-    pairs = tuple(replace(pair, topic=topic[pair.topic]) for pair in made)
-    return Collected(pairs, hashes, len(asked), tuple(notes))
+    shared = f"those that share {public.OVERLAP:g} of their words are one topic"
+    note(f"{len(first)} topics of {len(asked)} requests: {shared}")
+    return Collected(tuple(replace(pair, topic=topic[pair.topic]) for pair in made), hashes, len(asked), tuple(notes))
 
 
 def _benign(part: str) -> tuple[Request, ...]:

@@ -1,8 +1,7 @@
 """`./run_all.sh --shards N`: the sweeps of notebooks 02 and 03 shared among N jobs of submitit, on this machine or on Slurm.
 
 A job measures every N-th batch and keeps each as a file of its own; the notebooks then join them. A batch that is there is
-skipped, so that the same command does the rest after a failure. Only the standard library is imported: the command line
-imports this module.
+skipped, so that the same command does the rest after a failure. The command line imports this: standard library only.
 """
 
 from __future__ import annotations
@@ -23,20 +22,16 @@ from companion.base.paths import PARTS, relative
 from companion.run import notebooks
 from companion.run.runner import Plan, lock_file, only_run
 
-SHARDED = ("02", "03")  # the notebooks whose sweeps can be shared
 ERROR = re.compile(r"[A-Za-z_][\w.]*: \S")  # how most programs begin the line that says what was wrong
 
 
 def measure_shards(plan: Plan, numbers: Sequence[str], flags: argparse.Namespace) -> bool:
-    """Measure the sweeps of the stale ones of `numbers` in `flags.shards` jobs (0: none); False if a job failed.
-
-    Forced notebooks start from nothing, so their parts go first. No other command writes into the run's folder meanwhile.
-    """
-    wanted = [number for number in numbers if number in SHARDED and number in plan.stale]
+    """Measure the sweeps of the stale ones of `numbers` in `flags.shards` jobs (0: none); False if a job failed."""
+    wanted = [number for number in ("02", "03") if number in numbers and number in plan.stale]
     if not wanted or not (flags.shards or flags.force):
         return True
     with only_run(plan.results):
-        if flags.force:
+        if flags.force:  # forced notebooks start from nothing
             shutil.rmtree(plan.results / PARTS, ignore_errors=True)
         if not flags.shards:
             return True
@@ -64,14 +59,11 @@ def _variables(parameters: Mapping[str, Any], executor: str, n: int) -> list[dic
 
         named = ",".join(map(str, range(torch.cuda.device_count())))
     shown = named.split(",")[:n] if device == "cuda" else [named]  # more processes than GPUs would gain nothing
-    return [{**threads, "CUDA_VISIBLE_DEVICES": names} for names in shown]
+    return [threads | {"CUDA_VISIBLE_DEVICES": names} for names in shown]
 
 
 def submit(logs: Path, executor: str, given: Sequence[str], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """The submitted jobs, each a call of `measure_share`; InputError for whatever submitit or Slurm has against it.
-
-    `given` are parameters of submitit as typed, such as timeout_min=240.
-    """
+    """The submitted jobs, each a call of `measure_share`; `given` are submitit's parameters as typed (timeout_min=240)."""
     import submitit  # an optional extra
 
     pairs = (one.partition("=") for one in given)
@@ -88,10 +80,7 @@ def measure_share(
     parameters: Mapping[str, Any], wanted: Sequence[str], shard: int, n_shards: int, variables: Mapping[str, str],
     lock: Path | None,
 ) -> str:  # fmt: skip
-    """Measure one shard of every sweep of the notebooks `wanted`; returns a sentence on how much was there already.
-
-    With `lock`, the file that the runner holds, the job ends when the runner has ended, however it did.
-    """
+    """Measure one shard of the sweeps of `wanted`, while the runner holds `lock`; a sentence on how much was there already."""
     os.environ.update(variables)
     if lock is not None:
         threading.Thread(target=_end_with, args=(lock,), daemon=True).start()
@@ -106,7 +95,7 @@ def measure_share(
     if "02" in wanted:
         for _, other in study.control_studies(this, parameters["MODEL"], parameters["PROFILE"]):
             counts.append(sweeps.run_shard(other, "layers with direct effects", shard, n_shards))
-    made, found = (sum(some) for some in zip(*counts, strict=True))
+    made, found = map(sum, zip(*counts, strict=True))
     return f"shard {shard + 1} of {n_shards}: {made} batches measured, {found} were there"
 
 
@@ -119,8 +108,7 @@ def _end_with(lock: Path) -> None:
 
 def _failed(job: Any) -> bool:
     """Wait for a job and print what it says; True if it failed."""
-    error = job.exception()
-    if error is None:
+    if (error := job.exception()) is None:
         print(f"job {job.job_id}: {job.result()}", flush=True)
         return False
     log = Path(job.paths.stderr)

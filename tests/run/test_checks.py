@@ -1,14 +1,20 @@
-"""The project's own tests of results and notebooks, and what a run notes beside its results."""
+"""The project's own tests of results and notebooks, what a run notes beside its results, and the overview of all runs."""
 
 import json
-import re
+import shutil
+from itertools import product
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from book import build
-from companion.base.paths import NOTEBOOKS, ROOT
-from companion.run import checks, freshness
+from companion.base import files
+from companion.base.errors import InputError
+from companion.base.paths import NOTEBOOKS, RESULTS, ROOT
+from companion.claims.corrected_rules import STATEMENTS
+from companion.run import checks, freshness, overview
+from companion.run.runner import NEEDS
 
 # ---- checks ----
 
@@ -56,7 +62,6 @@ def test_a_lock_without_wheels_is_not_written(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("text", ["", '{"01_toy": 3', "[1]", '{"01_toy": "3"}'])
 def test_times_are_read_as_far_as_they_can_be(tmp_path: Path, text: str) -> None:
     (tmp_path / "run_times.json").write_text(text)
-    assert freshness.run_times(tmp_path) == {}
     freshness.note_time(tmp_path, "02_toy", 0.2)
     assert freshness.run_times(tmp_path) == {"02_toy": 1}
 
@@ -114,7 +119,121 @@ def test_every_document_has_its_page(tmp_path: Path) -> None:
     assert (tmp_path / "source" / "results" / "claims.md").read_text(encoding="utf-8").startswith("# ")
 
 
-def test_the_book_asks_nothing_of_the_web() -> None:
-    settings = (ROOT / "book" / "conf.py").read_text(encoding="utf-8")
-    assert 'nb_execution_mode = "off"' in settings and "http" not in settings
-    assert re.search(r'^mathjax_path = "MathJax', settings, re.M)
+# ---- overview ----
+
+COLUMNS = ["model", "claim", "rule", "verdict"]
+PAGE = "# {run}\n\nwhat holds\n\n| table |\n\nthe files\n"
+
+
+def judged(folder: Path, **verdicts: str) -> None:
+    """A run's files: models with a verdict on C1 by both rules, of which the corrected one answers."""
+    pairs = product(verdicts.items(), ("registered", "corrected"))
+    table = pd.DataFrame(
+        [(name.replace("_", "-"), "C1", rule, found) for (name, found), rule in pairs], columns=COLUMNS
+    )
+    files.write_table(table, folder / "claims.csv")
+    rows = [
+        row | {"answer": row["verdict"] if row["rule"] == "corrected" else None} for row in table.to_dict("records")
+    ]
+    files.write_json(rows, folder / "claims.json")
+    files.write_text(PAGE.format(run=folder.name), folder / "claims.md")
+
+
+def joined(results: Path) -> list[str]:
+    """Models and verdicts, which both tables hold alike, a row a rule."""
+    overview.join_claims(results)
+    found = pd.DataFrame(json.loads((results / "claims.json").read_text()))[COLUMNS]
+    assert found.equals(pd.read_csv(results / "claims.csv")) and found.rule.tolist()[::2] == ["registered"] * (
+        len(found) // 2
+    )
+    return [f"{one.model} {one.verdict}" for one in found[found.rule == "corrected"].itertuples()]
+
+
+def test_every_model_is_judged_by_its_own_run(tmp_path: Path) -> None:
+    overview.join_claims(tmp_path)
+    assert not list(tmp_path.iterdir())
+    judged(tmp_path / "mine", mine="supported", window_1="inconclusive", plant="contradicted")
+    assert joined(tmp_path) == ["mine supported", "window-1 inconclusive", "plant contradicted"]
+    assert (tmp_path / "claims.md").read_text() == PAGE.format(run="mine")
+    judged(tmp_path / "window-1", window_1="supported", mine="contradicted", full_0="inconclusive")
+    four = ["mine supported", "window-1 supported", "plant contradicted", "full-0 inconclusive"]
+    assert joined(tmp_path) == four
+    (tmp_path / "empty").mkdir()
+    judged(tmp_path / "torn", torn="supported")
+    for name in ("claims.csv", "claims.json", "claims.md"):
+        path = tmp_path / "torn" / name
+        path.write_bytes(path.read_bytes()[:-2])
+    assert joined(tmp_path) == four and "torn" not in (tmp_path / "claims.md").read_text()
+
+
+def test_the_page_is_the_default_runs_with_a_line_for_every_other_model(tmp_path: Path) -> None:
+    judged(tmp_path / "smollm2-refuser", smollm2_refuser="supported", other="cannot tell")
+    for name, answer in (("a", "supported"), ("b", "not testable"), ("other", "cannot tell")):
+        judged(tmp_path / name, **{name: answer, "relative": "supported"})
+    overview.join_claims(tmp_path)
+    above, lines = (tmp_path / "claims.md").read_text().split("**Other models with a run.**\n\n")
+    assert above == PAGE.format(run="smollm2-refuser").removesuffix("the files\n")
+    assert lines.splitlines() == [
+        "- `a`: holds: C1. Same answer as `smollm2-refuser` in 1 of 1.",
+        "- `b`: not measured: C1. Same answer as `smollm2-refuser` in 0 of 1.",
+        "- `other`: cannot tell: C1. Same answer as `smollm2-refuser` in 0 of 1.",
+        "", "the files",
+    ]  # fmt: skip
+
+
+def test_the_terminal_shows_the_answers_of_a_runs_own_model(tmp_path: Path) -> None:
+    lines = ["model,claim,reason,verdict,answer,grade", "mine,C1,x,supported,,", "mine,C1,y,supported,cannot tell,-"]
+    (tmp_path / "claims.csv").write_text("\n".join([*lines, "kin,C1,y,?,?,?"]) + "\n")
+    shown = ["claim  verdict    answer       grade", "C1     supported  cannot tell  -"]
+    assert overview.claims_table(tmp_path / "claims.csv", "mine").splitlines() == shown
+    assert overview.claims_table(tmp_path / "none.csv", "mine") == ""
+
+
+def test_the_map_shows_the_answers_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overview, "RESULTS", tmp_path)
+    assert "run ./run_all.sh" in str(overview.verdict_table("mine")) and not overview.verdict_table("mine")
+    rows = ["mine,C6c,late,cannot tell,-13.0 points,cannot tell", "kin,C1,x,supported,,weak"]
+    files.write_text("\n".join([",".join(overview.ANSWERS), *rows]) + "\n", tmp_path / "mine" / "08_claims.csv")
+    (row,) = overview.verdict_table("mine").itertuples(index=False)
+    assert row == ("C6c", STATEMENTS["C6c"], "cannot tell")
+
+
+def test_every_notebook_has_a_question_and_its_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overview, "RESULTS", tmp_path)
+    assert {path.stem.partition("_")[0] for path in NOTEBOOKS.glob("*.ipynb")} <= set(overview.QUESTIONS) == set(NEEDS)
+    files.write_json({"01_data_prep": 150}, tmp_path / "mine" / "run_times.json")
+    table = overview.notebook_table("mine").set_index("notebook")
+    assert table.pop("minutes to run").dropna().to_dict() == {"01_data_prep": 2.5}
+
+
+@pytest.mark.parametrize(("windows", "slides"), [([], False), ([3], True)])
+def test_the_shape_of_a_model_is_read_from_its_facts(windows, slides, tmp_path, monkeypatch):
+    monkeypatch.setattr(overview, "RESULTS", tmp_path)
+    assert overview.shape_of("mine") is None
+    files.write_json({"layers": 6, "windows": windows}, tmp_path / "mine" / "model_facts.json")
+    assert overview.shape_of("mine") == (6, slides)
+
+
+def test_the_shipped_verdicts_are_those_of_the_shipped_run(tmp_path: Path) -> None:
+    own = sorted((RESULTS / overview.DEFAULT).glob("claims.*"))
+    (tmp_path / overview.DEFAULT).mkdir()
+    for path in own:
+        shutil.copy(path, tmp_path / overview.DEFAULT)
+    overview.join_claims(tmp_path)
+    for path in own:
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_the_evidence_of_a_run_is_that_of_its_notebooks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overview, "RESULTS", tmp_path)
+    with pytest.raises(InputError, match=r"mine holds no evidence: run \./run_all\.sh first"):
+        overview.run_evidence("mine")
+    numbers = {"estimate": 1.0, "ci_low": 0.0, "ci_high": 1.0, "n_pairs": 3, "n_topics": 3, "note": ""}
+    same = {"model": "mine", "claim": "C1", "variant": "main", **numbers}
+    rows = [same | {"quantity": name} for name in ("TE T2", "late share")]
+    files.write_table(pd.DataFrame(rows[:1]), tmp_path / "mine" / "02_evidence.csv")
+    files.write_table(pd.DataFrame(rows[::-1]), tmp_path / "mine" / "03_evidence.csv")
+    assert overview.run_evidence("mine")["quantity"].tolist() == ["TE T2", "late share"]
+    (tmp_path / "mine" / "03_evidence.csv").write_text("model,cl")
+    with pytest.raises(InputError, match=r"03_evidence\.csv"):
+        overview.run_evidence("mine")

@@ -25,16 +25,16 @@ COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
-def refused(toy: Toy, *flags: str, **variables: str) -> str:
-    before = toy.contents()
-    done = toy.run(*flags, **variables)
-    assert toy.contents() == before
-    return one_line(done)
-
-
 def one_line(done: CompletedProcess[str]) -> str:
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     return done.stderr
+
+
+def refused(toy: Toy, *flags: str, **variables: str) -> str:
+    before = toy.contents()
+    said = one_line(toy.run(*flags, **variables))
+    assert toy.contents() == before
+    return said
 
 
 FLAGS = {
@@ -44,7 +44,8 @@ FLAGS = {
     "--device gpu": "expected auto, cpu, cuda or cuda:N", "--device cuda": "torch sees no CUDA device here",
     "--dtype float16": "'float16' (choose from", "--pairs 5": "--pairs 5: expected 10 to 1000000, or 0",
     "--pairs many": "invalid int value: 'many'", "--shards -1": "--shards -1: expected 1 to 1000",
-    "--set a=b": "--executor and --set go with --shards", "--model": "expected one argument",
+    "--set a=b": "--executor and --set go with --shards", "--executor local": "--executor and --set go with --shards",
+    "--shards 2 --set partition": "expected KEY=VALUE", "--model=": "an empty name", "--model": "expected one argument",
     "--model=--": "-- is no value of a flag",
     "--model nowhere": "no model 'nowhere': give a folder or one of the shipped models (embedded",
     "--prompts xstest --wrappers=": "expected a file of JSON lines",
@@ -64,26 +65,17 @@ FLAGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        ("--model=", "an empty name"), ("--shards 2 --set partition", "expected KEY=VALUE"),
-        ("--executor local", "go with --shards"),
-    ],
-)  # fmt: skip
-def test_a_wrong_flag_is_refused(flags: str, said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        cli.parse(flags.split())
-
-
 @pytest.mark.parametrize("flags", FLAGS)
 def test_a_wrong_command_line_is_one_clear_line(toy_done: Toy, tmp_path: Path, flags: str) -> None:
     assert FLAGS[flags] in refused(toy_done, *flags.split(), **OFFLINE, HF_HUB_CACHE=str(tmp_path))
 
 
-def test_a_proxy_that_does_not_answer_is_one_clear_line(toy_done: Toy, tmp_path: Path) -> None:
+def test_a_proxy_that_does_not_answer_is_one_clear_line_and_so_is_a_public_set_offline(toy_done, tmp_path) -> None:
     dead = dict.fromkeys(("HTTPS_PROXY", "HTTP_PROXY"), "http://127.0.0.1:9") | {"HF_HUB_OFFLINE": "0"}
     assert "cannot be reached" in refused(toy_done, "--model", "org/tiny", **dead, HF_HUB_CACHE=str(tmp_path))
+    said = one_line(toy_done.run("--prompts", "maliciousinstruct", **OFFLINE, HF_HOME=str(tmp_path)))
+    assert "none of these sets could be loaded" in said
+    assert "left out: maliciousinstruct" in said and "the hub cannot be reached" in said
 
 
 # What `load` and `check_pairs` say of files is tested with them (test_load.py); here, that it is said before a run, and how.
@@ -161,12 +153,18 @@ def test_an_environment_of_another_python_is_used_and_one_line_says_so(toy: Toy,
         assert (done.stdout.split("\n")[0], done.stderr) == ("found python3.12", said if made == "3.11" else "")
 
 
-def test_a_mistake_shows_before_anything_is_installed(toy_done: Toy, tmp_path: Path) -> None:
-    done = toy_done.shell("--modle", "x", COMPANION_VENV=str(tmp_path / "venv"))
-    assert "unrecognized arguments: --modle x" in one_line(done)
-    (tmp_path / "notes.txt").write_text("mine")
-    assert "is no working environment of Python 3.11 or" in one_line(toy_done.shell(COMPANION_VENV=str(tmp_path)))
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+def test_a_mistake_shows_before_anything_is_installed_and_folders_count_from_the_user(toy_done, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for flags, said in (
+        ("--modle x", "unrecognized arguments: --modle x"),
+        ("--model mine", "mine is no model folder"),
+    ):
+        assert said in one_line(toy_done.shell(*flags.split(), COMPANION_VENV=str(tmp_path / "venv")))
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    done = toy_done.shell(COMPANION_VENV=str(tmp_path / "mine"))
+    assert "is no working environment of Python 3.11 or" in one_line(done)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "notes.txt"]
 
 
 def test_the_environment_is_made_once_from_the_lock(toy: Toy, tmp_path: Path) -> None:
@@ -179,13 +177,6 @@ def test_the_environment_is_made_once_from_the_lock(toy: Toy, tmp_path: Path) ->
         done = toy.shell("--figures", "--name", "none", COMPANION_VENV=str(place))
         assert ("3 to 6 minutes, about 2 GB" in done.stdout) == first
         assert "no results of 'none'" in one_line(done)
-
-
-def test_folders_count_from_where_the_user_stands(toy_done, tmp_path, monkeypatch):
-    (tmp_path / "mine").mkdir()
-    monkeypatch.chdir(tmp_path)
-    done = toy_done.shell("--model", "mine", COMPANION_VENV=str(tmp_path / "venv"))
-    assert "mine is no model folder" in one_line(done)
 
 
 def test_a_cached_model_runs_offline_and_its_commit_is_kept(toy: Toy, tmp_path: Path) -> None:
@@ -205,13 +196,6 @@ def test_a_cached_model_runs_offline_and_its_commit_is_kept(toy: Toy, tmp_path: 
     assert toy.run("--list", *flags, **offline).stdout.count("fresh") == 1
 
 
-def test_a_public_set_offline_is_one_line(toy_done: Toy, tmp_path: Path) -> None:
-    done = toy_done.run("--prompts", "maliciousinstruct", **OFFLINE, HF_HOME=str(tmp_path))
-    said = one_line(done)
-    assert "none of these sets could be loaded" in said
-    assert "left out: maliciousinstruct" in said and "the hub cannot be reached" in said
-
-
 def test_a_model_that_fails_does_not_stop_the_rest_of_its_list(capsys: pytest.CaptureFixture[str]) -> None:
     errors = [InputError("no such thing:\ndo this"), OSError(28, "full"), RuntimeError("no room.\n2 GiB")]
     runs = dict(zip("abc", (Mock(side_effect=error) for error in errors), strict=True))
@@ -229,11 +213,10 @@ def test_every_entry_of_a_list_gets_its_own_folders(toy: Toy, tmp_path: Path) ->
     path = tmp_path / "models.yml"
     path.write_text("models:\n- {name: one, pairs: 20}\n- {name: two, pairs: 30}\n")
     done = toy.run("--models", str(path), "--only", "01")
-    assert done.returncode == 1
-    assert "=== model 2 of 2: two" in done.stdout and "1 of 2 models finished" in done.stdout
-    assert "01_toy: code cell 3: not today" in done.stderr and "not finished: one;" in done.stderr
-    assert (toy.root / "results/two/01_toy.csv").read_text() == "two"
-    assert not (toy.root / "results/one/01_toy.csv").exists()
+    assert done.returncode == 1 and "01_toy: code cell 3: not today" in done.stderr
+    assert [path.read_text() for path in toy.root.glob("results/*/01_toy.csv") if path.parent.name != "embedded"] == [
+        "two"
+    ]
     assert "fresh, skipped" in toy.run("--models", str(path), "--only", "01").stdout
     assert "--models goes without --pairs" in refused(toy, "--models", str(path), "--pairs", "30")
 
@@ -245,12 +228,13 @@ def test_every_entry_of_a_list_gets_its_own_folders(toy: Toy, tmp_path: Path) ->
 def test_without_its_model_the_default_command_runs_the_embedded_one_and_says_so_twice(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], asked: bool
 ) -> None:
-    ran = []
+    run = Mock(return_value=0)
     monkeypatch.setattr(cli.smollm2, "fetch_smollm2", Mock(side_effect=InputError("no network")))
-    monkeypatch.setattr(cli, "run_command", lambda flags: ran.append((flags.model, flags.prompts, flags.only)) or 0)
+    monkeypatch.setattr(cli, "run_command", run)
     assert cli.one_command(cli.parse(flags)) == 0
-    only = flags[1] if flags[:1] == ("--only",) else None
-    assert ran == ([("embedded", "embedded", only)] if asked else [(cli.parse(flags).model, "english", None)])
+    (ran,), given = run.call_args.args, cli.parse(flags)
+    model, prompts = ("embedded", "embedded") if asked else (given.model, "english")
+    assert (ran.model, ran.prompts, ran.only) == (model, prompts, given.only)
     said = capsys.readouterr().err.splitlines()
     assert [line for line in said if "no network" in line] == said[:1] + said[-1:] if asked else not said
 
@@ -293,10 +277,8 @@ def test_every_entry_has_its_own_judge_and_wrappers_and_counts_from_the_list(tmp
     monkeypatch.setattr(cli, "run_command", run)
     shutil.copytree(ORGANISM / "window-0", tmp_path / "mine")
     (tmp_path / "w.jsonl").write_text('{"family": "f", "neutral": "a {request}", "jailbreak": "b {request}"}')
-    path = tmp_path / "models.yml"
-    path.write_text(
-        "models:\n- {model: mine, judge: window-1}\n- {model: full-0, prompts: xstest, wrappers: w.jsonl}\n"
-    )
+    path, second = tmp_path / "models.yml", "{model: full-0, prompts: xstest, wrappers: w.jsonl}"
+    path.write_text(f"models:\n- {{model: mine, judge: window-1}}\n- {second}\n")
     assert cli.main(["--models", str(path)]) == 0
     assert seen == [(str(tmp_path / "mine"), "window-1", None), ("full-0", None, "w.jsonl")]
     assert len(cli.read_model_list(ROOT / "models.example.yml")) == 2

@@ -99,8 +99,6 @@ if not paths.Path({flag!r}).exists():
     files.write_text("", {flag!r})
     os.kill({who}, 9)
 _ = files.write_text("value\\n02\\n", out / "02_toy.csv")"""
-
-
 KILLED = {
     "os.getpid()": "code cell 3: DeadKernelError: the kernel died (was there enough memory?)",
     "os.getppid()": "its process was killed (was there enough memory?)",
@@ -116,17 +114,14 @@ def test_what_dies_as_for_want_of_memory_is_named_and_the_next_run_goes_on(toy: 
     assert toy.contents() == before and toy.run("--only", "02").returncode == 0
 
 
-def test_a_change_made_while_a_notebook_runs_is_kept(toy: Toy) -> None:
+def test_a_change_made_while_a_notebook_runs_is_kept_and_a_folder_that_cannot_be_written_is_one_line(toy: Toy) -> None:
+    (toy.root / "results" / "mine").write_text("a file, where the run's folder should be")
+    done = toy.run("--only", "01", "--name", "mine", "--pairs", "20")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "mend that; what finished is kept" in done.stderr
     toy.write("01", 'from pathlib import Path\n_ = Path("01_toy.ipynb").write_text("mine")')
     done = toy.run("--only", "01")
     assert (done.returncode, toy.notebook("01").read_text()) == (1, "mine")
     assert "01_toy: it was changed while it ran; the change is kept, so run again" in done.stderr
-
-
-def test_a_folder_that_cannot_be_written_is_one_line(toy: Toy) -> None:
-    (toy.root / "results" / "mine").write_text("a file, where the run's folder should be")
-    done = toy.run("--only", "01", "--name", "mine", "--pairs", "20")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "mend that; what finished is kept" in done.stderr
 
 
 DAMAGES = [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: data + b"x\n"]  # torn, empty, foreign

@@ -1,4 +1,4 @@
-"""The runner on toy notebooks: what is fresh is skipped, independent notebooks run side by side, failures change nothing."""
+"""The runner on toy notebooks: what is fresh is skipped, independent ones run side by side, failures change nothing."""
 
 import hashlib
 import json
@@ -19,10 +19,6 @@ from companion.run.runner import NEEDS
 EVERYTHING = ("00", "01", "02", "03", "08")
 
 
-def names(toy: Toy) -> set[str]:
-    return set(toy.contents())
-
-
 def stale(toy: Toy) -> set[str]:
     return {line[:2] for line in toy.run("--list").stdout.splitlines() if " stale " in line}
 
@@ -32,13 +28,13 @@ def test_a_run_leaves_everything_that_is_promised(toy_done: Toy) -> None:
     ended = [line.split()[1] for line in lines if line.endswith(" s")]
     assert ended[0] == "01_toy" and set(ended[1:3]) == {"02_toy", "03_toy"} and ended[3:] == ["08_toy", "00_toy"]
     assert lines[-3:] == ["claim  verdict", "C1     supported", "C2     not testable"]
-    made = names(toy_done)
-    assert {"results/claims.csv", "results/embedded/claims.csv", "results/embedded/manifest.json"} <= made
-    assert {f"results/embedded/{n}_toy.csv" for n in ("00", "01", "02", "03")} <= made
-    assert {f"figures/embedded/{n}_toy.svg" for n in ("00", "01", "02", "03")} <= made
+    made = toy_done.contents()
+    assert {"results/claims.csv", "results/embedded/claims.csv", "results/embedded/manifest.json"} <= set(made)
+    for number in ("00", "01", "02", "03"):
+        assert {f"results/embedded/{number}_toy.csv", f"figures/embedded/{number}_toy.svg"} <= set(made)
     times = json.loads((toy_done.root / "results/embedded/run_times.json").read_text())
     assert set(times) == {f"{n}_toy" for n in EVERYTHING} and not list(toy_done.root.rglob("stage*"))
-    manifest = json.loads((toy_done.root / "results/embedded/manifest.json").read_text())
+    manifest = json.loads(made["results/embedded/manifest.json"])
     assert manifest["model"]["name"] == "window-0" and len(manifest["model"]["sha256"]["model.safetensors"]) == 64
     assert set(manifest["prompts"]["sha256"]) >= {"pairs.jsonl", "outcome.json"}
     found = [manifest[name] for name in ("device", "dtype", "profile", "seed", "git", "chunk_sizes")]
@@ -74,17 +70,13 @@ def test_a_check_that_fails_is_shown_and_ends_no_run(toy: Toy) -> None:
 )
 def test_the_projects_own_tests_check_every_notebook_strictly(monkeypatch, why, kind, slug):
     """Those of the default run, or of `embedded` where its model is out of reach."""
-    seen, compared = {}, []
-
-    def step(name: str, module: list[str], variables: dict, needed: object = ()) -> tuple[str, bool, float]:
-        seen[name] = variables
-        return name, name != "mypy", 0.0
-
+    step = Mock(side_effect=lambda name, *_: (name, name != "mypy", 0.0))
+    compare = Mock(return_value=("committed results", True, 0.0))
     monkeypatch.setattr(checks.smollm2, "fetch_smollm2", Mock(side_effect=why))
     monkeypatch.setattr(checks, "_step", step)
-    monkeypatch.setattr(checks, "compare", lambda results, slug: compared.append(slug) or (slug, True, 0.0))
-    assert checks.run_all() == 1 and compared == [slug]
-    books = [variables for name, variables in seen.items() if name.startswith(f"{kind} ")]
+    monkeypatch.setattr(checks, "compare", compare)
+    assert checks.run_all() == 1 and compare.call_args.args[1] == slug
+    books = [call.args[2] for call in step.call_args_list if call.args[0].startswith(f"{kind} ")]
     assert len(books) == len(NEEDS) and all(variables["COMPANION_STRICT"] == "1" for variables in books)
 
 
@@ -182,9 +174,10 @@ def test_a_failing_cell_leaves_everything_as_it_was_and_stops_no_sibling(toy: To
     assert "ZeroDivisionError" in (toy.root / "results/embedded/logs/02_toy.log").read_text()
     assert "[4/5] 08_toy not started: what it needs failed (02_toy)" in done.stdout
     assert "[5/5] 00_toy not started: what it needs failed (02_toy)" in done.stdout
-    changed = {name for name, data in toy.contents().items() if data != before.get(name)}
+    after = toy.contents()
+    changed = {name for name, data in after.items() if data != before.get(name)}
     assert changed == {"notebooks/03_toy.ipynb", "results/embedded/03_toy.csv"}
-    assert set(before) - names(toy) == {"figures/embedded/03_toy.svg"}  # which 03 no longer writes
+    assert set(before) - set(after) == {"figures/embedded/03_toy.svg"}  # which 03 no longer writes
     assert stale(toy) == {"02", "08", "00"}
 
 
@@ -200,12 +193,12 @@ def test_what_a_notebook_no_longer_writes_goes_when_it_has_finished(toy: Toy) ->
     for name in ("results/embedded/02_mine.csv", "figures/embedded/02_mine.svg", "results/embedded/parts/k/0.parquet"):
         (toy.root / name).parent.mkdir(parents=True, exist_ok=True)
         (toy.root / name).write_text("mine")
-    before, more = names(toy), {"figures/embedded/02_more.svg", "results/embedded/more/02.csv"}
+    before, more = set(toy.contents()), {"figures/embedded/02_more.svg", "results/embedded/more/02.csv"}
     assert more <= before
     toy.write("02", MORE.replace('"full"', '"smoke"'), "1 / 0")
-    assert toy.run("--only", "02").returncode == 1 and names(toy) == before
+    assert toy.run("--only", "02").returncode == 1 and set(toy.contents()) == before
     toy.write("02", MORE.replace('"full"', '"smoke"'))
-    assert toy.run("--only", "02").returncode == 0 and names(toy) == before - more
+    assert toy.run("--only", "02").returncode == 0 and set(toy.contents()) == before - more
 
 
 def test_another_run_has_its_own_folders_and_its_verdicts_join_the_others(toy: Toy) -> None:
@@ -214,9 +207,8 @@ def test_another_run_has_its_own_folders_and_its_verdicts_join_the_others(toy: T
     before = toy.contents()
     assert toy.run("--pairs", "20", "--name", "mine", "--only", "08").returncode == 0
     after = toy.contents()
-    shared = "results/claims.csv"
-    assert {name for name in before if after[name] != before[name]} == {shared}
-    rows = after[shared].decode().splitlines()[1:]
+    assert {name for name in before if after[name] != before[name]} == {"results/claims.csv"}
+    rows = after["results/claims.csv"].decode().splitlines()[1:]
     assert rows == ["embedded,C1,supported", "embedded,C2,not testable", "mine,C1,supported", "other,C9,none"]
     executed = json.loads(after["results/mine/notebooks/01_toy.ipynb"])
     assert executed["cells"][2]["id"] == "injected-parameters"

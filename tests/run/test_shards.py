@@ -38,18 +38,17 @@ def started(tmp_path: Path, *words: str) -> "subprocess.Popen[str]":
 
 def test_jobs_on_this_machine_share_the_batches_and_end_with_the_runner(tmp_path: Path) -> None:
     pytest.importorskip("submitit", reason="submitit is not installed: pip install -r requirements-cluster.in")
-    running = started(tmp_path, "--shards", "2")
-    parts = tmp_path / "results" / "shared" / "parts"
-    end = time.monotonic() + 120
-    while len(list(parts.rglob("*.zip"))) < 2:  # at work
+
+    def n_parts(after: float) -> int:
+        time.sleep(after)
+        return len(list((tmp_path / "results" / "shared" / "parts").rglob("*.zip")))
+
+    running, end = started(tmp_path, "--shards", "2"), time.monotonic() + 120
+    while n_parts(after=0.1) < 2:  # at work
         assert time.monotonic() < end and running.poll() is None, running.communicate()
-        time.sleep(0.1)
     running.send_signal(signal.SIGKILL)
     running.communicate()
-    time.sleep(3)
-    n_before = len(list(parts.rglob("*.zip")))
-    time.sleep(3)
-    assert len(list(parts.rglob("*.zip"))) == n_before > 0, "a job goes on without its runner"
+    assert n_parts(after=3) == n_parts(after=3) > 0, "a job goes on without its runner"
     out, errors = started(tmp_path, "--shards", "2").communicate()
     lines = out.splitlines()
     assert lines[0].startswith("2 local jobs for the sweeps of 02, 03; logs in ") and lines[-1] == "True", errors
