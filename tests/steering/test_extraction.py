@@ -23,7 +23,7 @@ from companion.model.load import load
 from companion.prompts import pairs
 from companion.prompts.pairs import Pair
 from companion.stats.rates import Change
-from companion.steering import comparison, extraction, methods, prompts
+from companion.steering import comparison, extraction, methods
 from companion.steering import experiment as experiments
 from companion.steering import trial as trials
 from companion.steering.experiment import PLAIN, Effort, SteeringExperiment, open_experiment, select, trial
@@ -67,7 +67,7 @@ PAIRS = tuple(Pair(*row[:3], f"{row[0]} off", f"{row[0]} on", row[3], family=row
 
 
 def test_every_side_has_its_role() -> None:
-    table = prompts.from_pairs(PAIRS).set_index("text")
+    table = experiments.from_pairs(PAIRS).set_index("text")
     found = {text: (row.kind, row.wrapped) for text, row in table.iterrows()}
     assert found == {
         "a off": ("harmful", False), "a on": ("harmful", True), "b off": ("borderline", False),
@@ -75,8 +75,8 @@ def test_every_side_has_its_role() -> None:
         "d off": ("harmless", False), "d on": ("harmless", False), "e off": ("harmful", False), "e on": ("harmful", True),
     }  # fmt: skip
     assert (table.loc["a on", "family"], table.loc["a on", "tier"], table.loc["a off", "tier"]) == ("badge", 5, 0)
-    assert (table.loc["e on", "family"], table.loc["e on", "tier"]) == ("role-play", prompts.UNKNOWN)
-    table = prompts.prompt_table(PAIRS[:3], "no such set")  # a set without benign behaviours has harmless prompts
+    assert (table.loc["e on", "family"], table.loc["e on", "tier"]) == ("role-play", experiments.UNKNOWN)
+    table = experiments.prompt_table(PAIRS[:3], "no such set")  # a set without benign behaviours has harmless prompts
     assert set(table.loc[table.kind == "harmless", "text"]) == {"b off", "c off"}
 
 
@@ -88,16 +88,16 @@ def test_a_suite_prompt_on_a_topic_already_used_is_left_out_and_a_broken_suite_n
         (tmp_path / "suites.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return tmp_path
 
-    assert set(prompts.prompt_table(PAIRS, folder(*rows[:3])).query("suite == 's'").topic) == {"x"}
-    assert prompts.from_suites(folder(rows[3])).split.tolist() == ["test"]
+    assert set(experiments.prompt_table(PAIRS, folder(*rows[:3])).query("suite == 's'").topic) == {"x"}
+    assert experiments.from_suites(folder(rows[3])).split.tolist() == ["test"]
     with pytest.raises(InputError, match=r"line 2.*harmful"):
-        prompts.from_suites(folder(rows[0], {"id": "2", "suite": "s", "prompt": "q"}))
+        experiments.from_suites(folder(rows[0], {"id": "2", "suite": "s", "prompt": "q"}))
 
 
 def test_the_shipped_prompts_never_share_a_topic_over_splits_and_suffice_for_the_rule() -> None:
-    shipped = prompts.prompt_table(pairs.load_set("embedded").pairs, "embedded")
+    shipped = experiments.prompt_table(pairs.load_set("embedded").pairs, "embedded")
     assert (shipped.groupby("topic").split.nunique() == 1).all()
-    assert shipped.text.is_unique and set(shipped.kind) == set(prompts.KINDS)
+    assert shipped.text.is_unique and set(shipped.kind) == set(experiments.KINDS)
     assert not shipped.suite.str.startswith("f_").any()
     test, is_harmful = shipped[shipped.split == "test"], shipped.kind == "harmful"
     assert (test.kind == "harmless").sum() >= 300 and test.loc[is_harmful & test.wrapped, "topic"].nunique() >= 100
@@ -106,9 +106,9 @@ def test_the_shipped_prompts_never_share_a_topic_over_splits_and_suffice_for_the
 
 def test_thinning_spreads_over_topics_and_repeats_itself() -> None:
     table = pd.DataFrame({"topic": ["a"] * 50 + ["b"] * 2 + ["c"] * 2, "text": range(54)})
-    few = prompts.thinned(table, 6)
+    few = experiments.thinned(table, 6)
     assert few.topic.value_counts().to_dict() == {"a": 2, "b": 2, "c": 2}
-    assert few.equals(prompts.thinned(table, 6)) and few.text.is_monotonic_increasing
+    assert few.equals(experiments.thinned(table, 6)) and few.text.is_monotonic_increasing
 
 
 # ---- experiment ----
