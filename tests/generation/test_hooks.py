@@ -96,7 +96,7 @@ def test_the_record_is_what_was_added() -> None:
         subject.model(ids)
     is_last = torch.arange(9) == 8
     for layer, where in ((1, torch.ones(9)), (2, is_last)):
-        torch.testing.assert_close(record.added[0][layer], 9.0 * where.double().expand(3, 9))
+        torch.testing.assert_close(record.added[layer], 9.0 * where.double().expand(3, 9))
 
 
 FINE = everywhere()

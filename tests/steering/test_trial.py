@@ -269,7 +269,7 @@ def test_norms_of_a_batch_are_those_of_each_steering_alone(part, family, kept, m
         with hooks.applied(subject, one, count_stood=True) as record:
             subject.model.base_model(ids, use_cache=False)
         added, stood = (
-            sum((x[0][i] * live[i]).sum(1) for i in (2, 3)) if x else torch.zeros(4).double()
+            sum((x[i] * live[i]).sum(1) for i in (2, 3)) if x else torch.zeros(4).double()
             for x in (record.added, record.stood)
         )
         torch.testing.assert_close(squares, added, rtol=1e-5, atol=1e-9)
