@@ -174,8 +174,7 @@ def replayed(subject: Subject, run: CleanRun, layer: int, hidden: Float[Tensor, 
     is_last = hidden.shape[1] < run.tokens.shape[1]
     before = Prefix(run.keys[layer][:, :, :-1], run.values[layer][:, :, :-1]) if is_last else None
     call = _call(run, layer, LAST if is_last else ALL)
-    made: Tensor = first(subject.layers[layer].block(hidden, **call, past_key_values=before))
-    return made
+    return first(subject.layers[layer].block(hidden, **call, past_key_values=before))
 
 
 def at_last_token(steering: Steering) -> bool:
@@ -184,7 +183,7 @@ def at_last_token(steering: Steering) -> bool:
 
 
 def _call(run: CleanRun, layer: int, column: slice, part: BatchRows | None = None) -> dict[str, Any]:
-    """The library's own arguments to a layer, for all positions or for the last, of all prompts or of a part's."""
+    """The library's own arguments to a layer, for all positions or the last, of all prompts or a part's."""
     call = {name: at_positions(name, value, column) for name, value in run.calls[layer].items()}
     if call.get("attention_mask") is not None:
         call["attention_mask"] = call["attention_mask"][:, :, column]
@@ -291,10 +290,7 @@ def read_prompts(
 def plain_layers_once(
     subject: Subject, steering: Steering, ids: Int[Tensor, "prompt pos"]
 ) -> AbstractContextManager[None]:
-    """For calls that read these prompts from the bottom: layers below the lowest edit compute a shared prefix once.
-
-    To be entered before the steering is switched on, whose hooks look like anyone's.
-    """
+    """Layers below the lowest edit compute a shared prefix once; to be called before the steering sets its hooks."""
     top = min((edit.layer for edit in steering.edits), default=subject.n_layers)
     return prefix_once(subject, shared_prefix(subject, ids), top)
 

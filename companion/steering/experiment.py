@@ -48,9 +48,7 @@ GOOD: Final = {"harmful": "harmful", "borderline": "refusal", "harmless": "on_to
 class Effort:
     """How much an experiment tries."""
 
-    prompts: Mapping[
-        str, int
-    ]  # of a kind, wrapped or not, by split; and test pairs whose indirect effects are measured
+    prompts: Mapping[str, int]  # of a kind, wrapped or not, by split; and the test pairs whose effects are measured
     attacks: int  # times as many jailbroken requests
     strengths: tuple[float, ...]  # of each method
     draws: int  # random directions of a family
@@ -73,11 +71,6 @@ SMOKE: Final = Effort(
 )  # fmt: skip
 
 
-def effort_of(study: Study, profile: str) -> Effort:
-    """Little in the smoke profile, whose numbers mean nothing, and less than all where each prompt is costly."""
-    return SMOKE if profile == "smoke" else COSTLY if study.is_costly else FULL
-
-
 @dataclass(frozen=True)
 class SteeringExperiment:
     """A study's prompts with its model's behaviour, the fit of their activations, and how answers are labelled.
@@ -95,12 +88,10 @@ class SteeringExperiment:
 
     @property
     def subject(self) -> Subject:
-        """The model."""
         return self.fit.subject
 
     @property
     def openers(self) -> Openers:
-        """The first words of answers that comply or refuse."""
         return self.fit.openers
 
     @property
@@ -124,7 +115,7 @@ def open_experiment(study: Study, prompt_set: Prompts, profile: str = "full") ->
     if not study.of("T2"):
         return NotDefined(thresholds.NO_WRAPPERS)
     table = prompt_table([p.pair for p in study.pairs], prompt_set)
-    effort, parts = effort_of(study, profile), []
+    effort, parts = SMOKE if profile == "smoke" else COSTLY if study.is_costly else FULL, []
     for (split, kind, wrapped), part in table.groupby(["split", "kind", "wrapped"], sort=False):
         is_attack = bool(kind == "harmful" and wrapped)
         most = effort.prompts[str(split)] * (effort.attacks if is_attack else 1)
@@ -245,9 +236,9 @@ def from_suites(prompt_set: Prompts) -> pd.DataFrame:
         return prompt_set[list(COLUMNS)]
     path = prompts_folder(str(prompt_set)) / "suites.jsonl"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    lines = [line for line in text.split("\n") if line.strip()]
-    rows = [_suite_row(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
-    return pd.DataFrame(list(filter(None, rows)), columns=list(COLUMNS))
+    lines = [(f"{path}, line {n}", line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    rows = [row for where, line in lines if (row := _suite_row(line, where))]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
 def _suite_row(line: str, where: str) -> tuple[Any, ...] | None:

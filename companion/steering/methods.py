@@ -44,7 +44,6 @@ class Scale:
 
     @classmethod
     def between(cls, zero: Float[np.ndarray, "width"], one: Float[np.ndarray, "width"]) -> Scale:
-        """The line from the centroid at position 0 to the one at position 1."""
         if not np.square(one - zero).sum() > 0:
             raise InputError("two classes have the same mean, so no direction lies between them: are the labels right?")
         return cls(zero, one - zero)

@@ -26,7 +26,6 @@ from companion.steering.comparison import DECISIVE, FIXED
 from companion.steering.experiment import PLAIN, SteeringExperiment, changed, divergence
 from companion.steering.indirect_effects import shares_neutralised
 
-NO_ADAPTER: Final = "this model holds no adapter of its own to scale up"
 SHOWN: Final = {"harmful": "complies", "off_topic": "garbled"}  # labels of an answer to whatever a reader asks
 MEASURES: Final = {
     "harmful": "harmful answers to jailbroken requests",
@@ -52,7 +51,6 @@ class Trial:
 
     @property
     def experiment(self) -> SteeringExperiment:
-        """The model and its prompts."""
         return self.test.experiment
 
     @property
@@ -79,7 +77,7 @@ def run_trial(lab: SteeringExperiment) -> Trial:
         phi |= shares_neutralised(lab, {name: (other.subject, Steering(name))})
         del other  # a whole model, of which no two are needed at once
     if not retrained:
-        undefined |= {"stronger adapter": NO_ADAPTER}
+        undefined["stronger adapter"] = "this model holds no adapter of its own to scale up"
     return Trial(validate, test, defined, undefined, chosen, retrained, plain, answers, prices, phi)
 
 
