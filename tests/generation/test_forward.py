@@ -10,12 +10,12 @@ import pytest
 import torch
 from models import FAMILIES, tiny_model, tiny_subject
 from models import tokens as some_tokens
-from steering_lab import following_last, varied_steerings
+from steering_lab import following_last, half_open, varied_steerings
 from torch import Tensor
 from transformers import DynamicCache
 
 from companion.generation import decode, forward, hooks, outcomes
-from companion.generation.hooks import PLAIN, Edit, Prompt, Read, Steering, Where
+from companion.generation.hooks import PLAIN, Edit, Read, Steering, Where
 from companion.model import activations
 from companion.model.architecture import Subject, end_tokens
 from companion.model.load import from_model
@@ -25,16 +25,11 @@ from companion.prompts.tokens import Openers
 # ---- forward ----
 
 
-def half_shut(prompt: Prompt) -> Tensor:
-    """Shut for the first prompt, and open for the others as far as what was read says."""
-    return torch.sigmoid(prompt.read["g"].sum(-1)) * (torch.arange(len(prompt.ids)) > 0)
-
-
-READ = (Read("g", 1, back=1),)
+GATE = {"gate": partial(half_open, 0), "reads": (Read("g", 1, back=1),)}
 STEERINGS = {
     "late, all tokens": Steering("a", (Edit(2, "resid_post", following_last), Edit(3, "mlp_out", following_last))),
-    "last token": Steering("b", (Edit(2, "mlp_out", lambda x, _: x.tanh(), "last"),), gate=half_shut, reads=READ),
-}  # fmt: skip
+    "last token": Steering("b", (Edit(2, "mlp_out", lambda x, _: x.tanh(), "last"),), **GATE),
+}
 
 
 def said(subject: Subject, answer: Tensor, rows: Tensor, logits: Tensor, cache: object) -> Tensor:
