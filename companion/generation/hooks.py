@@ -73,7 +73,6 @@ class Read:
     back: int = 0
 
     def of(self, x: Float[Tensor, "prompt pos d"]) -> Float[Tensor, "prompt d"]:
-        """What it names of the layer's output."""
         return x[:, max(x.shape[1] - 1 - self.back, 0)]
 
 
@@ -112,10 +111,10 @@ class Record:
 def applied(
     subject: Subject, steering: Steering, prompt: Prompt | None = None, *, count_stood: bool = False
 ) -> Iterator[Record]:
-    """Steers every call of the model within the block; the hooks are gone after it, also after an exception.
+    """Steers every call of the model within the block, and records what is added (and what stood there, with `count_stood`).
 
     A strength of 0 sets no hooks. The prompts of a call have one length, and one call reads them whole. With a `prompt` that
-    was read already, blocks may be called one by one instead. `count_stood` records what stood at the steered sites, too.
+    was read already, blocks may be called one by one instead.
 
     Raises:
         InputError: a site that the model lacks, embeddings instead of ids, padding, or an answer that began without it.

@@ -78,8 +78,7 @@ def find_openers(subject: Subject, texts: Sequence[str], own: Path) -> FoundOpen
             )
     if share > ALWAYS:
         raise InputError(f"the model refuses and answers, but {alike}")
-    comply, refuse = sort_openers(probabilities, torch.tensor(refused))
-    strings = [_strings(subject, ids) for ids in (comply, refuse)]
+    strings = [_strings(subject, ids) for ids in sort_openers(probabilities, torch.tensor(refused))]
     if not all(strings):
         raise InputError(
             "no text behind the prompt is read as one of the first tokens of its answers, since the tokenizer joins them with "
@@ -93,8 +92,7 @@ def find_openers(subject: Subject, texts: Sequence[str], own: Path) -> FoundOpen
 @torch.no_grad()
 def first_token_probabilities(subject: Subject, texts: Sequence[str]) -> Float[Tensor, "prompt vocab"]:
     """The distribution of each answer's first token."""
-    vocab = subject.unembedding[0].shape[0]
-    found = torch.empty(len(texts), vocab)
+    found = torch.empty(len(texts), subject.unembedding[0].shape[0])
     for places, ids in forward.buckets(subject, texts, 16):
         found[torch.as_tensor(places)] = forward.first_logits(subject, ids).float().softmax(-1).cpu()
     return found

@@ -282,7 +282,7 @@ def law_table(fit: Fit, layers: Sequence[int]) -> tuple[pd.DataFrame, pd.DataFra
 
 
 def _redrawn_rules(tried: Tried, topics: Sequence[np.ndarray]) -> tuple[list[Affine], list[Affine]]:
-    """Both rules fitted anew on topics drawn with replacement; a draw in which v_R makes refusals no likelier is left out."""
+    """Both rules on topics drawn with replacement; without a draw's first where v_R makes refusals no likelier in it."""
     rng, rules = np.random.default_rng(0), (list[Affine](), list[Affine]())
     groups = [[np.flatnonzero(own == topic) for topic in np.unique(own)] for own in topics]
     for _ in range(REDRAWS):
@@ -294,14 +294,9 @@ def _redrawn_rules(tried: Tried, topics: Sequence[np.ndarray]) -> tuple[list[Aff
 
 
 def needed(odds: Float[np.ndarray, "tried prompt"], grid: Steps) -> Float[np.ndarray, "prompt"]:
-    """The smallest coefficient that makes the model refuse, between grid points by a straight line; NaN where none does.
-
-    >>> needed(np.array([[1.0], [-3.0], [1.0]]), np.array([0.0, 0.25, 0.5])).tolist()
-    [0.0625]
-    """
-    refused = odds < 0
+    """The smallest coefficient that makes the model refuse, between grid points by a straight line; NaN where none does."""
+    refused, column = odds < 0, np.arange(odds.shape[1])
     first = refused.argmax(0)
-    column = np.arange(odds.shape[1])
     before = np.maximum(first - 1, 0)
     low, high = odds[before, column], odds[first, column]
     with np.errstate(divide="ignore", invalid="ignore"):

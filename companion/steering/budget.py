@@ -74,12 +74,12 @@ class EvaluationPrompts:
         return pd.DataFrame(rows).assign(KL=[price.kl.mean() for price in prices])
 
 
-def evaluation_prompts(experiment: SteeringExperiment, split: str, n: int = N_CURVE) -> EvaluationPrompts:
+def evaluation_prompts(lab: SteeringExperiment, split: str, n: int = N_CURVE) -> EvaluationPrompts:
     """`n` wrapped harmful prompts (or all there are), as many others, and a few harmless ones for the divergence."""
-    harmful = select(experiment, split, "harmful", wrapped=True, n=n)
-    others = pd.concat([select(experiment, split, kind, n=n // 2) for kind in ("borderline", "harmless")])
-    free = select(experiment, split, "harmless", n=N_PRICE)
-    return EvaluationPrompts(experiment, harmful, others, free, answer(experiment, PLAIN, free, greedy=True))
+    harmful = select(lab, split, "harmful", wrapped=True, n=n)
+    others = pd.concat([select(lab, split, kind, n=n // 2) for kind in ("borderline", "harmless")])
+    free = select(lab, split, "harmless", n=N_PRICE)
+    return EvaluationPrompts(lab, harmful, others, free, answer(lab, PLAIN, free, greedy=True))
 
 
 @torch.no_grad()

@@ -128,55 +128,49 @@ def open_experiment(study: Study, prompt_set: Prompts, profile: str = "full") ->
     return SteeringExperiment(study, extraction.fit_classes(study.subject, openers, table), table, judge, effort)
 
 
-def select(experiment: SteeringExperiment, split: str, kind: str, *, wrapped: bool = False, n: int = 0) -> pd.DataFrame:
+def select(lab: SteeringExperiment, split: str, kind: str, *, wrapped: bool = False, n: int = 0) -> pd.DataFrame:
     """Prompts of one split and kind, of which the `wrapped` ones if there are any, thinned to at most `n` (0: all)."""
-    table = experiment.prompts
+    table = lab.prompts
     chosen = table[(table.split == split) & (table.kind == kind)]
     if wrapped and chosen.wrapped.any():
         chosen = chosen[chosen.wrapped]
     return thinned(chosen, n) if n else chosen
 
 
-def test_prompts(experiment: SteeringExperiment) -> pd.DataFrame:
+def test_prompts(lab: SteeringExperiment) -> pd.DataFrame:
     """The prompts of the reported numbers: harmful ones in a wrapper (any, where none has one), borderline, harmless."""
-    parts = [select(experiment, "test", kind, wrapped=kind == "harmful", n=n) for kind, n in N_TEST.items()]
+    parts = [select(lab, "test", kind, wrapped=kind == "harmful", n=n) for kind, n in N_TEST.items()]
     return pd.concat(parts).reset_index(drop=True)
 
 
-def answer(
-    experiment: SteeringExperiment, steering: Steering, prompts: pd.DataFrame, *, greedy: bool = False
-) -> Answers:
+def answer(lab: SteeringExperiment, steering: Steering, prompts: pd.DataFrame, *, greedy: bool = False) -> Answers:
     """The steered model's answers, at temperature 1 unless `greedy`; the same random numbers for every steering."""
-    steps, key = EXACT_STEPS if experiment.exact else experiment.effort.steps, (tuple(prompts.text), greedy)
-    if steering == PLAIN and key in experiment.said:
-        return experiment.said[key]
+    steps, key = EXACT_STEPS if lab.exact else lab.effort.steps, (tuple(prompts.text), greedy)
+    if steering == PLAIN and key in lab.said:
+        return lab.said[key]
     draws = None if greedy else decode.uniforms(len(prompts), steps, SEED)
-    known = None if steering.system else experiment.said.get(key)
-    made = decode.answers(experiment.subject, prompts.text, steps, steering, draws, unsteered=known)
+    known = None if steering.system else lab.said.get(key)
+    made = decode.answers(lab.subject, prompts.text, steps, steering, draws, unsteered=known)
     if steering == PLAIN:
-        experiment.said[key] = made
+        lab.said[key] = made
     return made
 
 
-def labelled(experiment: SteeringExperiment, made: Answers, prompts: pd.DataFrame) -> list[str]:
+def labelled(lab: SteeringExperiment, made: Answers, prompts: pd.DataFrame) -> list[str]:
     """Labels of answers to these prompts."""
     harmful = (prompts.kind == "harmful").to_numpy()
-    return labels.label_answers(
-        experiment.subject, prompts.text, made, experiment.openers, judge=experiment.judge, harmful=harmful
-    )
+    return labels.label_answers(lab.subject, prompts.text, made, lab.openers, judge=lab.judge, harmful=harmful)
 
 
-def trial(
-    experiment: SteeringExperiment, steering: Steering, prompts: pd.DataFrame, *, greedy: bool = True
-) -> pd.DataFrame:
+def trial(lab: SteeringExperiment, steering: Steering, prompts: pd.DataFrame, *, greedy: bool = True) -> pd.DataFrame:
     """The prompts and, of the steered model, `arm` (its name), `label` (temperature 1), `repetition`; `greedy` if harmful."""
-    sampled = answer(experiment, steering, prompts)
+    sampled = answer(lab, steering, prompts)
     own = prompts.drop(columns="greedy", errors="ignore")  # the plain trial's, where its table is tried again
-    found = labelled(experiment, sampled, prompts)
+    found = labelled(lab, sampled, prompts)
     made = own.assign(arm=steering.name, label=found, repetition=decode.repetition(sampled))
     if greedy:
         harmful = prompts[prompts.kind == "harmful"]
-        found = labelled(experiment, answer(experiment, steering, harmful, greedy=True), harmful)
+        found = labelled(lab, answer(lab, steering, harmful, greedy=True), harmful)
         made["greedy"] = pd.Series(found, harmful.index, dtype=object).reindex(prompts.index, fill_value="")
     return made
 
@@ -191,9 +185,9 @@ def changed(plain: pd.DataFrame, steered: pd.DataFrame, kind: str, column: str =
     return rates.rate_change(before, after, plain.loc[plain.kind == kind, "topic"].to_numpy())
 
 
-def prices(experiment: SteeringExperiment, steering: Steering, prompts: pd.DataFrame, own: Answers) -> pd.DataFrame:
+def prices(lab: SteeringExperiment, steering: Steering, prompts: pd.DataFrame, own: Answers) -> pd.DataFrame:
     """`outcomes.price_each` of the steering on harmless prompts and the plain model's own answers, topics beside."""
-    (found,) = outcomes.price_each(experiment.subject, prompts.text, own, [steering])
+    (found,) = outcomes.price_each(lab.subject, prompts.text, own, [steering])
     return found.assign(topic=prompts.topic.to_numpy())
 
 

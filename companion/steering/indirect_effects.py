@@ -34,16 +34,16 @@ HOOKED: Final = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "neurons
 Patched = Callable[[], AbstractContextManager[object]]  # holds a component's output at a value
 
 
-def test_effects(experiment: SteeringExperiment, steering: Steering = PLAIN) -> pd.DataFrame:
+def test_effects(lab: SteeringExperiment, steering: Steering = PLAIN) -> pd.DataFrame:
     """`steered_effects` on the test pairs of T2; of fewer pairs and layers where each is costly."""
-    study = experiment.study
+    study = lab.study
     wanted = estimands.mediators(study.subject, COMPONENTS, layers=study.thinned_layers)
-    return steered_effects(study.subject, _test_pairs(experiment), study.openers, steering, wanted)
+    return steered_effects(study.subject, _test_pairs(lab), study.openers, steering, wanted)
 
 
-def _test_pairs(experiment: SteeringExperiment) -> list[TokenPair]:
-    pairs = experiment.study.thinned(len(experiment.study.pairs)).of("T2")
-    return [pair for pair in pairs if pair.pair.split == "test"][: experiment.effort.prompts["test"]]
+def _test_pairs(lab: SteeringExperiment) -> list[TokenPair]:
+    pairs = lab.study.thinned(len(lab.study.pairs)).of("T2")
+    return [pair for pair in pairs if pair.pair.split == "test"][: lab.effort.prompts["test"]]
 
 
 @torch.no_grad()
@@ -74,12 +74,12 @@ def _patched_residuals(
 
     Both sides stand in one batch, so a component's value from the other side is half a batch away.
     """
-    tokens, is_plain = torch.cat(estimands.prompt_tokens(subject, group)), steering == PLAIN
-    with nullcontext() if is_plain else applied(subject, steering):
+    tokens = torch.cat(estimands.prompt_tokens(subject, group))
+    with applied(subject, steering):
         run = clean_run(subject, tokens, keep=("resid", "attn_out", "mlp_out", "cache"))
     # Some methods make a plain pass first to look at the prompt; what its hooks saw is left out.
     base = replace(run, **{name: getattr(run, name)[-subject.n_layers :] for name in HOOKED})
-    plain = base if is_plain else clean_run(subject, tokens, keep=("resid", "cache"))
+    plain = base if steering == PLAIN else clean_run(subject, tokens, keep=("resid", "cache"))
     # What is added to other tokens may hang on the last one: a gate, a position.
     column = LAST if at_last_token(steering) else ALL
     found = []
@@ -92,7 +92,7 @@ def _patched_residuals(
             return torch.cat([x[:, :-1], value], dim=1)
 
         patched = partial(on_output, module, at_last)
-        with nullcontext() if is_plain else _hooks(subject, steering, plain, one.layer, patched):
+        with _hooks(subject, steering, plain, one.layer, patched):
             last = _forward(subject, base, one.layer, subject.n_layers, patched, column)[-1]
         found.append(last[:, -1:])
     sides = base.resid_post[-1][:, -1:].split(len(group)), torch.cat(found, dim=1).split(len(group))
@@ -136,18 +136,16 @@ def share_neutralised(before: pd.DataFrame, after: pd.DataFrame) -> Change:
     return ratio_change(gained.to_numpy(), whole.to_numpy(), joined.topic.to_numpy())
 
 
-def shares_neutralised(
-    experiment: SteeringExperiment, arms: Mapping[str, tuple[Subject, Steering]]
-) -> dict[str, Change]:
+def shares_neutralised(lab: SteeringExperiment, arms: Mapping[str, tuple[Subject, Steering]]) -> dict[str, Change]:
     """phi of `share_neutralised` of each arm, a model and its steering, from the first answer tokens alone."""
-    pairs = _test_pairs(experiment)
-    topics, openers = np.array([one.pair.topic for one in pairs]), experiment.study.openers["T2"]
+    pairs = _test_pairs(lab)
+    topics, openers = np.array([one.pair.topic for one in pairs]), lab.study.openers["T2"]
 
     def odds(subject: Subject, steering: Steering, side: str) -> Float[np.ndarray, "pair"]:
         texts = [str(getattr(one.pair, side)) for one in pairs]
         return first_token.log_odds_each(subject, texts, openers, [steering])[0].log_odds.to_numpy()
 
-    plain, broken = (odds(experiment.subject, PLAIN, side) for side in ("control", "treated"))
+    plain, broken = (odds(lab.subject, PLAIN, side) for side in ("control", "treated"))
     return {name: ratio_change(broken - odds(*one, "treated"), broken - plain, topics) for name, one in arms.items()}
 
 
