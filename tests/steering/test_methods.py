@@ -78,17 +78,14 @@ def test_a_direction_along_which_benign_prompts_vary_is_refused() -> None:
     assert methods.preserving(v, benign, 1, "layer 4") @ v / np.linalg.norm(v) == pytest.approx(1)
 
 
-def alike(fit: Fit) -> Fit:
-    return replace(fit, last={**fit.last, "resid_post": np.ones_like(fit.last["resid_post"])})
-
-
 REFUSED = [
-    (lambda fit: alike(fit).direction("harmfulness"), "benign and complied harmful prompts have the same activations"),
+    (lambda fit: replace(fit, last={"resid_post": np.ones((36, 4, 16))}).direction("harmfulness"),
+     "benign and complied harmful prompts have the same activations"),
     (lambda fit: methods.fixed(fit, layers=[9]), "expected some of 0 to 3"),
     (lambda fit: methods.cast(fit.subset(fit.prompts.kind.to_numpy() == "harmful")), "no harmless prompt"),
     (lambda fit: methods.gated(fit.subset(fit.mask("discover")), PLAIN), "in discover and in validate"),
     (lambda fit: methods.unit(np.zeros(3)), "direction has length 0"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("build", "says"), REFUSED)
