@@ -113,8 +113,8 @@ def applied(
 ) -> Iterator[Record]:
     """Steers every call of the model within the block, and records what is added (and what stood there, with `count_stood`).
 
-    A strength of 0 sets no hooks. The prompts of a call have one length, and one call reads them whole. With a `prompt` that
-    was read already, blocks may be called one by one instead.
+    A strength of 0 sets no hooks, and none are left behind, also after an exception. The prompts of a call have one length, and
+    one call reads them whole. With a `prompt` that was read already, blocks may be called one by one instead.
 
     Raises:
         InputError: a site that the model lacks, embeddings instead of ids, padding, or an answer that began without it.

@@ -282,7 +282,7 @@ def law_table(fit: Fit, layers: Sequence[int]) -> tuple[pd.DataFrame, pd.DataFra
 
 
 def _redrawn_rules(tried: Tried, topics: Sequence[np.ndarray]) -> tuple[list[Affine], list[Affine]]:
-    """Both rules on topics drawn with replacement; without a draw's first where v_R makes refusals no likelier in it."""
+    """Both rules fitted anew on topics drawn with replacement; the first not in draws where v_R makes refusals no likelier."""
     rng, rules = np.random.default_rng(0), (list[Affine](), list[Affine]())
     groups = [[np.flatnonzero(own == topic) for topic in np.unique(own)] for own in topics]
     for _ in range(REDRAWS):

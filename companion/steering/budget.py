@@ -58,7 +58,10 @@ class EvaluationPrompts:
         return [_root_mean_square(row) for row in norms]
 
     def first_token_costs(self, steered: Sequence[Steering]) -> list[dict[str, tuple[np.ndarray, np.ndarray]]]:
-        """Values and topics [prompt] of harm (1 - P(refusal) if harmful) and over-refusal (its rise on the others, in points)."""
+        """Values and topics [prompt] of harm (1 - P(refusal) of harmful prompts) and of over-refusal, under each steering.
+
+        Over-refusal is the rise of P(refusal) on the other prompts, in points.
+        """
         n, made = len(self.harmful), []
         for found in self.experiment.first_tokens(pd.concat([self.harmful, self.others]), steered):
             refusing = found.p_refuse.to_numpy()
@@ -75,7 +78,7 @@ class EvaluationPrompts:
 
 
 def evaluation_prompts(lab: SteeringExperiment, split: str, n: int = N_CURVE) -> EvaluationPrompts:
-    """`n` wrapped harmful prompts (or all there are), as many others, and a few harmless ones for the divergence."""
+    """`n` wrapped harmful prompts (or all there are), as many borderline and harmless ones, and a few of these for the divergence."""
     harmful = select(lab, split, "harmful", wrapped=True, n=n)
     others = pd.concat([select(lab, split, kind, n=n // 2) for kind in ("borderline", "harmless")])
     free = select(lab, split, "harmless", n=N_PRICE)
