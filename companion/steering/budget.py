@@ -78,7 +78,7 @@ class EvaluationPrompts:
 
 
 def evaluation_prompts(lab: SteeringExperiment, split: str, n: int = N_CURVE) -> EvaluationPrompts:
-    """`n` wrapped harmful prompts (or all there are), as many borderline and harmless ones, and a few of these for the divergence."""
+    """`n` wrapped harmful prompts (or all), as many borderline and harmless ones, and a few harmless ones for the divergence."""
     harmful = select(lab, split, "harmful", wrapped=True, n=n)
     others = pd.concat([select(lab, split, kind, n=n // 2) for kind in ("borderline", "harmless")])
     free = select(lab, split, "harmless", n=N_PRICE)
