@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from companion.prompts.pairs import SPLIT_SHARES, SPLITS, Pair
-from companion.steering import prompts
+from companion.steering import experiment
 
 BEHAVIOURS: Final = 6
 SPECIAL: Final = ("<unk>", "<bos>", "<user>", "<assistant>", "<end>", "<pad>")
@@ -191,7 +191,7 @@ def steering_prompts(pairs: Sequence[Planned], seed: int) -> pd.DataFrame:
     for split, n in SIZES.items():
         own = sorted(topic for topic, at in splits.items() if at == split)
         topics = {stem: [topic for topic in own if topic.startswith(stem)] for stem in ("hazard", "thing")}
-        for kind, i in itertools.product(prompts.KINDS, range(n)):
+        for kind, i in itertools.product(experiment.KINDS, range(n)):
             shares = "both" if kind == "harmful" else ("verb", "object")[i % 2] if kind == "borderline" else "nothing"
             context, objects = _context(rng, n_topics), topics["hazard" if shares in ("both", "object") else "thing"]
             verb = _word(rng, "harm" if shares in ("both", "verb") else "use", VERBS)
@@ -200,6 +200,6 @@ def steering_prompts(pairs: Sequence[Planned], seed: int) -> pd.DataFrame:
             slot = _word(rng, *("strong", STRONG) if is_wrapped else ("neutral", NEUTRAL))
             text, family = " ".join(replace(request, slot=slot).words()), slot if is_wrapped else ""
             name = f"{kind}-{split}-{i:04d}"
-            place = (family, prompts.UNKNOWN, np.nan, request.object, split, "compiled")
+            place = (family, experiment.UNKNOWN, np.nan, request.object, split, "compiled")
             rows.append((name, text, kind, is_wrapped, *place))
-    return pd.DataFrame(rows, columns=list(prompts.COLUMNS)).drop_duplicates("text", ignore_index=True)
+    return pd.DataFrame(rows, columns=list(experiment.COLUMNS)).drop_duplicates("text", ignore_index=True)

@@ -16,8 +16,7 @@ from companion.generation import forward, hooks, outcomes
 from companion.prompts.tokens import Openers
 from companion.steering import budget, extraction
 from companion.steering.budget import EvaluationPrompts
-from companion.steering.experiment import PLAIN, SteeringExperiment, answer
-from companion.steering.prompts import UNKNOWN
+from companion.steering.experiment import PLAIN, UNKNOWN, SteeringExperiment, answer
 
 ON = 1.5  # log-odds of "yes" where the cue is "on"
 

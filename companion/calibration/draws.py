@@ -38,7 +38,7 @@ from companion.evidence.neurons import gating_evidence, measure_neurons, neuron_
 from companion.mediation import mechanisms, sweeps
 from companion.mediation.study import CONTROL_PAIRS, Study, normalisations
 from companion.model.load import untrained_twin
-from companion.steering.prompts import Prompts
+from companion.steering.experiment import Prompts
 from organisms import compiled, compiled_language, compiled_truth
 from organisms.compiled import Organism
 from organisms.compiled_design import HELD_OUT, KINDS, Design, draw_design

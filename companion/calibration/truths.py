@@ -33,8 +33,7 @@ from companion.evidence.steering import Row, evidence_row
 from companion.generation.hooks import Edit, Steering
 from companion.mediation.study import Study
 from companion.steering import comparison, experiment, methods
-from companion.steering.experiment import PLAIN, changed
-from companion.steering.prompts import Prompts
+from companion.steering.experiment import PLAIN, Prompts, changed
 from organisms import compiled_language, compiled_truth
 from organisms.compiled_design import HELD_OUT, KINDS, SPLIT, Design, draw_design
 from organisms.compiled_language import Planned, outcomes

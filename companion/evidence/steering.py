@@ -17,9 +17,8 @@ from companion.stats.rates import Change
 from companion.steering import budget, comparison, experiment
 from companion.steering.budget import EvaluationPrompts
 from companion.steering.comparison import DECISIVE
-from companion.steering.experiment import PLAIN, SteeringExperiment, changed
+from companion.steering.experiment import PLAIN, Prompts, SteeringExperiment, changed
 from companion.steering.indirect_effects import share_left, share_neutralised, test_effects
-from companion.steering.prompts import Prompts
 
 PLACES: Final = {
     "late": "late layers, fitted (the method)",

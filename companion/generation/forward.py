@@ -1,10 +1,9 @@
 """Prompts of one length read together, plain or steered, without computing again what the plain model knows.
 
-The same prompts are read under many steerings. A plain pass over a batch of them is kept (`plain_run`), and a steered run
-(`forward_from_layer`) calls the library's own blocks from the lowest steered layer on, with the steering's hooks. What a gate
-or an adaptive method reads from an unsteered pass is looked up, prompts whose gate stays shut are left to the plain run, and
-edits of the last token alone are computed at the last token alone; so is the last layer. Steerings of the same sites share a
-batch, every prompt once a steering. All of it is exact. Batches whose plain run is too large to keep are read from the bottom.
+A plain pass over a batch is kept (`plain_run`), and a steered run (`forward_from_layer`) calls the library's own blocks from the
+lowest steered layer on. What gates and adaptive methods read is looked up, prompts whose gate stays shut are left to the plain
+run, and edits of the last token alone, and the last layer, are computed at the last token alone. Steerings of the same sites
+share a batch. All of it is exact. Batches whose plain run is too large to keep are read from the bottom.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import groupby, pairwise
 from typing import Any, Final
@@ -25,7 +24,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from companion.base.device import to_host
-from companion.generation.hooks import Delta, Edit, Prompt, Steering, applied, joined, some
+from companion.generation.hooks import Delta, Edit, Prompt, Steering, applied, some
 from companion.model.activations import CleanRun, at_positions, clean_run, first, prefix_once, shared_prefix
 from companion.model.architecture import Subject
 from companion.model.interventions import returning
@@ -72,22 +71,22 @@ class BatchRows:
 
 def plain_run(subject: Subject, ids: Int[Tensor, "prompt pos"]) -> CleanRun | None:
     """The plain model's run over these prompts, from memory if they were read lately; None where none can be kept."""
-    if _size(subject, ids) > BATCH_BYTES:
+    if _size(subject, ids.numel()) > BATCH_BYTES:
         return None
     runs = _kept.setdefault(subject.model, OrderedDict())
     key = bytes(str(tuple(ids.shape)), "ascii") + to_host(ids).tobytes()
     if key not in runs:
         runs[key] = clean_run(subject, ids, keep=("resid", "cache"))
         others_first = sorted(_kept.values(), key=lambda held: held is runs)
-        while sum(_size(subject, run.tokens) for held in others_first for run in held.values()) > KEPT_BYTES:
+        while sum(_size(subject, run.tokens.numel()) for held in others_first for run in held.values()) > KEPT_BYTES:
             next(filter(None, others_first)).popitem(last=False)
     runs.move_to_end(key)
     return runs[key]
 
 
-def _size(subject: Subject, ids: Tensor) -> int:
+def _size(subject: Subject, n_tokens: int) -> int:
     """Bytes of a kept run: residual streams, keys and values of every token and layer."""
-    return ids.numel() * resumable_per_token(subject) * subject.dtype.itemsize
+    return n_tokens * resumable_per_token(subject) * subject.dtype.itemsize
 
 
 def opened(steering: Steering, run: CleanRun, changed: Mapping[str, Tensor] | None = None) -> Prompt:
@@ -98,17 +97,20 @@ def opened(steering: Steering, run: CleanRun, changed: Mapping[str, Tensor] | No
     return prompt
 
 
-def steered_part(steering: Steering, run: CleanRun) -> BatchRows | None:
-    """The rows of a batch that the steering touches, or None: no edit, no strength, or a gate shut for all of them."""
-    if not steering.edits or not steering.strength:
-        return None
-    prompt = opened(steering, run)
-    rows = prompt.opened[0].nonzero().flatten()
-    return BatchRows(rows, run, some(prompt, rows)) if len(rows) else None
+def steered_parts(steerings: Sequence[Steering], run: CleanRun) -> dict[int, BatchRows]:
+    """The rows of a batch that each steering touches, by its place; not of one without edits, strength or an open gate."""
+    found = {}
+    for place, steering in enumerate(steerings):
+        if steering.edits and steering.strength:
+            prompt = opened(steering, run)
+            rows = prompt.opened[0].nonzero().flatten()
+            if len(rows):
+                found[place] = BatchRows(rows, run, some(prompt, rows))
+    return found
 
 
 def _cache_of(part: BatchRows, below: int | None = None) -> DynamicCache:
-    """A cache that holds the plain run's keys and values (of the layers below one), for going on from it."""
+    """The plain run's keys and values (of the layers below one), for going on from it."""
     cache = DynamicCache()
     for layer, (keys, values) in enumerate(zip(part.run.keys[:below], part.run.values[:below], strict=True)):
         cache.update(part.of(keys), part.of(values), layer)
@@ -119,9 +121,9 @@ def _cache_of(part: BatchRows, below: int | None = None) -> DynamicCache:
 def forward_from_layer(
     subject: Subject, steering: Steering, part: BatchRows, *, cached: bool = False, top: int | None = None
 ) -> tuple[Float[Tensor, "row d"], DynamicCache | None]:
-    """The final residual stream at the last token, with the filled cache if it is wanted.
+    """The final residual stream at the last token, with the filled cache if it is wanted; `top` stops above that layer.
 
-    It stands in a block of `applied` to the part's prompt, or nothing is added. `top` stops above that layer.
+    To be called in a block of `applied` to the part's prompt, or nothing is added.
     """
     run, end = part.run, subject.n_layers if top is None else top + 1
     start = min(edit.layer for edit in steering.edits)
@@ -137,9 +139,10 @@ def forward_from_layer(
             continue
         held: Any = cache
         if column == LAST or layer == subject.n_layers - 1:  # nobody looks at other tokens above it
-            is_own = column == LAST or layer == start  # of a run whose earlier tokens are the plain ones up to here
-            made = (run.keys[layer], run.values[layer])
-            keys, values = map(part.of, made) if is_own else _heard(subject, part, layer, hidden)
+            if column == LAST or layer == start:  # earlier tokens are the plain ones up to here
+                keys, values = part.of(run.keys[layer]), part.of(run.values[layer])
+            else:
+                keys, values = _heard(subject, part, layer, hidden)
             hidden, column = hidden[:, LAST], LAST
             if cache is None:
                 held = Prefix(keys[:, :, :-1], values[:, :, :-1])
@@ -150,7 +153,7 @@ def forward_from_layer(
 
 
 class _Heard(Exception):
-    """A cache that raises the keys and values which a layer hands to it; nothing else of that layer is wanted."""
+    """A cache that raises the keys and values which a layer hands to it."""
 
     @classmethod
     def update(cls, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> None:
@@ -166,15 +169,12 @@ def _heard(subject: Subject, part: BatchRows, layer: int, hidden: Float[Tensor, 
     raise AssertionError("the layer asked for no cache")
 
 
-def replayed(
-    subject: Subject, run: CleanRun, layer: int, hidden: Float[Tensor, "prompt pos d"]
-) -> Float[Tensor, "prompt pos d"]:
+def replayed(subject: Subject, run: CleanRun, layer: int, hidden: Float[Tensor, "prompt pos d"]) -> Tensor:
     """A layer of the run on other inputs: at all positions, or at the last one behind the run's own tokens."""
     is_last = hidden.shape[1] < run.tokens.shape[1]
     before = Prefix(run.keys[layer][:, :, :-1], run.values[layer][:, :, :-1]) if is_last else None
     call = _call(run, layer, LAST if is_last else ALL)
-    made: Tensor = first(subject.layers[layer].block(hidden, **call, past_key_values=before))
-    return made
+    return first(subject.layers[layer].block(hidden, **call, past_key_values=before))
 
 
 def at_last_token(steering: Steering) -> bool:
@@ -183,7 +183,7 @@ def at_last_token(steering: Steering) -> bool:
 
 
 def _call(run: CleanRun, layer: int, column: slice, part: BatchRows | None = None) -> dict[str, Any]:
-    """The library's own arguments to a layer, for all positions or for the last, of all prompts or of a part's."""
+    """The library's own arguments to a layer, for all positions or the last, of all prompts or a part's."""
     call = {name: at_positions(name, value, column) for name, value in run.calls[layer].items()}
     if call.get("attention_mask") is not None:
         call["attention_mask"] = call["attention_mask"][:, :, column]
@@ -208,11 +208,11 @@ def stacked(steerings: Sequence[Steering], parts: Sequence[BatchRows]) -> tuple[
     places = [slice(*ends) for ends in pairwise(ends)]
     if len(parts) == 1:
         return steerings[0], parts[0], places
-    prompts = [  # the strength, which differs between steerings, goes into the gate
-        replace(part.prompt, opened=[one.strength * part.prompt.opened[0]])
-        for one, part in zip(steerings, parts, strict=True)
-    ]
-    whole = BatchRows(torch.cat([part.rows for part in parts]), parts[0].run, joined(prompts))
+    # The strength, which differs between steerings, goes into the gate; a name may be read at another layer in each.
+    opened = torch.cat([one.strength * part.prompt.opened[0] for one, part in zip(steerings, parts, strict=True)])
+    read = {name: torch.cat([part.prompt.read[name] for part in parts]) for name in parts[0].prompt.read}
+    prompt = Prompt(torch.cat([part.prompt.ids for part in parts]), read, [opened])
+    whole = BatchRows(torch.cat([part.rows for part in parts]), parts[0].run, prompt)
 
     def each(deltas: Sequence[Delta], x: Float[Tensor, "row pos width"], prompt: Prompt) -> Tensor:
         made = [delta(x[at], some(prompt, at)).to(x) for delta, at in zip(deltas, places, strict=True)]
@@ -237,15 +237,15 @@ def buckets(
 def buckets_each(
     subject: Subject, texts: Sequence[str], systems: Sequence[str], size: int
 ) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
-    """`buckets` of prompts that have one length behind each of these system turns: their ids [prompt, pos] behind each.
+    """`buckets` of prompts that have one length behind each of these system turns, and their ids [prompt, pos] behind each.
 
-    Prompts of one length need not have one behind a sentence: its last space may melt into the first word.
+    One length alone is not one behind a sentence: its last space may melt into the first word.
     """
     encoded = [[encode(subject, text, system) for system in systems] for text in texts]
     lengths = np.array([[len(ids) for ids in row] for row in encoded]).reshape(len(texts), len(systems))
     for wanted in np.unique(lengths, axis=0):
         places = np.flatnonzero((lengths == wanted).all(1))
-        fit = BATCH_BYTES // (int(wanted.max()) * resumable_per_token(subject) * subject.dtype.itemsize)
+        fit = BATCH_BYTES // _size(subject, int(wanted.max()))
         step = min(size, fit) if fit >= FEWEST else size  # so that their plain run can be kept
         for start in range(0, len(places), step):
             chosen = places[start : start + step]
@@ -265,20 +265,13 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, system: str) -> Int[
 
 
 def read_prompts(
-    subject: Subject,
-    ids: Int[Tensor, "prompt pos"],
-    steerings: Sequence[Steering],
-    use: Use,
-    *,
-    cached: bool = True,
-    plain: Tensor | None = None,
-    rows: int = ROWS,
-) -> Float[Tensor, "steering prompt ..."] | Int[Tensor, "steering prompt ..."]:
-    """What `use` makes of the batch under each steering, called while it is switched on, for each group of prompts.
+    subject: Subject, ids: Int[Tensor, "prompt pos"], steerings: Sequence[Steering], use: Use, *,
+    cached: bool = True, plain: Tensor | None = None, rows: int = ROWS,
+) -> Tensor:  # fmt: skip
+    """What `use` makes of the batch under each steering, called while it is switched on: [steering, prompt, ...].
 
     Steerings of the same sites share the model's calls, in batches of `rows`. Prompts that a steering does not touch (its gate
-    stays shut) are a group of their own; their rows are taken from `plain` where that is known. `cached` asks for a cache from
-    which answers can go on.
+    stays shut) are a group of their own, taken from `plain` where that is known. Answers can go on from a `cached` run.
     """
     run = plain_run(subject, ids)
     if run is not None:
@@ -297,10 +290,7 @@ def read_prompts(
 def plain_layers_once(
     subject: Subject, steering: Steering, ids: Int[Tensor, "prompt pos"]
 ) -> AbstractContextManager[None]:
-    """For calls that read these prompts from the bottom: layers below the lowest edit compute a shared prefix once.
-
-    To be entered before the steering is switched on, whose hooks look like anyone's.
-    """
+    """Layers below the lowest edit compute a shared prefix once; to be called before the steering sets its hooks."""
     top = min((edit.layer for edit in steering.edits), default=subject.n_layers)
     return prefix_once(subject, shared_prefix(subject, ids), top)
 
@@ -313,9 +303,9 @@ def first_logits(subject: Subject, ids: Int[Tensor, "prompt pos"]) -> Float[Tens
 
 def _resumed(
     subject: Subject, steerings: Sequence[Steering], run: CleanRun, use: Use, cached: bool, plain: Tensor | None
-) -> Float[Tensor, "steering prompt ..."] | Int[Tensor, "steering prompt ..."]:
+) -> Tensor:
     """Steerings of the same sites in one run. What none of them touches in a prompt is the plain model's."""
-    parts = {i: part for i, one in enumerate(steerings) if (part := steered_part(one, run)) is not None}
+    parts = steered_parts(steerings, run)
     touched = torch.zeros(len(steerings), len(run.tokens), dtype=torch.bool, device=run.tokens.device)
     for i, part in parts.items():
         touched[i, part.rows] = True

@@ -1,15 +1,13 @@
 """Steering a model: what is added, where, and the hooks that add it in one forward pass or while it generates.
 
-A `Steering` is data: edits of named sites, a strength, and a gate. `applied` turns it into forward hooks on the plain
-library model for the length of a `with` block. The prompt is the call that finds an empty cache; calls that come after it
-read generated tokens, and no edit acts there. How much was added is recorded, so that methods can be
-compared at one L2 budget (`companion.steering.budget`).
+A `Steering` is data: edits of named sites, a strength, and a gate. `applied` turns it into hooks on the plain library model for
+a `with` block. The call that finds an empty cache reads the prompt; no edit acts in later ones, which read generated tokens.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,10 +24,7 @@ from companion.model.architecture import Subject
 
 @dataclass(frozen=True)
 class Prompt:
-    """Prompts of one length under steering.
-
-    `read` holds the activations that the steering's reads name, and `opened` the gate's values once it was asked.
-    """
+    """Prompts of one length: what the steering's reads name of them, and in `opened` the gate's values once it was asked."""
 
     ids: Int[Tensor, "prompt pos"]
     read: dict[str, Tensor] = field(default_factory=dict)
@@ -38,16 +33,8 @@ class Prompt:
 
 def some(prompt: Prompt, rows: Int[Tensor, "row"] | slice) -> Prompt:
     """Some of the prompts, with what was read of them and their gates."""
-    return Prompt(
-        prompt.ids[rows], {name: x[rows] for name, x in prompt.read.items()}, [x[rows] for x in prompt.opened]
-    )
-
-
-def joined(prompts: Sequence[Prompt]) -> Prompt:
-    """Prompts below each other; what was read under one name may stand for another layer in each."""
-    read = {name: torch.cat([one.read[name] for one in prompts]) for name in prompts[0].read}
-    opened = [torch.cat(gates) for gates in zip(*(one.opened for one in prompts), strict=True)]
-    return Prompt(torch.cat([one.ids for one in prompts]), read, opened)
+    read = {name: x[rows] for name, x in prompt.read.items()}
+    return Prompt(prompt.ids[rows], read, [x[rows] for x in prompt.opened])
 
 
 def tail(prompt: Prompt, n: int) -> Prompt:
@@ -65,9 +52,9 @@ Opening = Callable[[Prompt], Float[Tensor, "prompt"]]
 class Edit:
     """What is added to one site at strength 1, computed from the site's own activation.
 
-    `part` is the residual stream after the block, or what the MLP writes into it (behind a post-norm where there is one).
-    `where`: all tokens of the prompt, or its last one. `blind` says that the delta looks at the prompt alone and is the same
-    at all positions: what it adds is then known without a forward pass.
+    `part` is the residual stream after the block, or what the MLP writes into it (behind a post-norm where there is one);
+    `where` all tokens of the prompt, or its last one. A `blind` delta looks at the prompt alone and is the same at all
+    positions: what it adds is known without a forward pass.
     """
 
     layer: int
@@ -79,25 +66,19 @@ class Edit:
 
 @dataclass(frozen=True)
 class Read:
-    """The residual stream after a layer, `back` tokens before the last one, handed to gates and edits by name.
-
-    It is read from an unsteered pass over the same prompt that is made first.
-    """
+    """The unsteered residual stream after a layer, `back` tokens before the last one, handed to gates and edits by name."""
 
     name: str
     layer: int
     back: int = 0
 
     def of(self, x: Float[Tensor, "prompt pos d"]) -> Float[Tensor, "prompt d"]:
-        """What it names of the layer's output."""
         return x[:, max(x.shape[1] - 1 - self.back, 0)]
 
 
 @dataclass(frozen=True)
 class Steering:
-    """One way to steer. The gate (None: always open) multiplies every edit; `system` is a sentence before the
-    request, which whoever renders the prompt must put there.
-    """
+    """One way to steer. The gate (None: always open) multiplies every edit; who renders the prompt puts `system` before it."""
 
     name: str
     edits: tuple[Edit, ...] = ()
@@ -116,40 +97,30 @@ PLAIN: Final = Steering("unsteered")
 
 @dataclass(frozen=True)
 class Record:
-    """What steering did to each batch of prompts, by layer: squared norms of what it added.
+    """What steering did to a batch of prompts, by layer: squared norms of what it `added`, and of what `stood` there before.
 
-    `stood` holds those of what stood there before, where they were asked for; `gates` the gate's values a prompt.
+    The latter only where it was asked for; `gates` holds the gate's values of each batch.
     """
 
-    added: list[dict[int, Float[Tensor, "prompt pos"]]] = field(default_factory=list)
-    stood: list[dict[int, Float[Tensor, "prompt pos"]]] = field(default_factory=list)
+    added: dict[int, Float[Tensor, "prompt pos"]] = field(default_factory=dict)
+    stood: dict[int, Float[Tensor, "prompt pos"]] = field(default_factory=dict)
     gates: list[Float[Tensor, "prompt"]] = field(default_factory=list)
-
-    def begin(self) -> None:
-        """Count what is added to another batch of prompts, from zero."""
-        self.added.append({})
-        self.stood.append({})
 
 
 @contextmanager
 def applied(
     subject: Subject, steering: Steering, prompt: Prompt | None = None, *, count_stood: bool = False
 ) -> Iterator[Record]:
-    """Steers every call of the model within the block; the hooks are gone after it, also after an exception.
+    """Steers every call of the model within the block, and records what is added (and what stood there, with `count_stood`).
 
-    A strength of 0 sets no hooks. The prompts of a call have one length, and a cache must be filled by one call with the
-    whole prompt. With a `prompt` that was read already, its blocks may be called one by one instead
-    (`companion.generation.forward`). `count_stood` records what stood at the steered sites, too.
+    A strength of 0 sets no hooks, and none are left behind, also after an exception. The prompts of a call have one length, and
+    one call reads them whole. With a `prompt` that was read already, blocks may be called one by one instead.
 
     Raises:
-        InputError: a site that the model does not have, or a call that cannot be steered (embeddings instead of ids, padding,
-            an answer that began without it).
+        InputError: a site that the model lacks, embeddings instead of ids, padding, or an answer that began without it.
     """
     check_sites(subject, steering)
-    run = _SteeredCalls(steering, Record(), count_stood)
-    if prompt is not None:
-        run.prompt, run.phase = prompt, "prompt"
-        run.record.begin()
+    run = _SteeredCalls(steering, Record(), count_stood, prompt, "outside" if prompt is None else "prompt")
     with ExitStack() as hooks:
         if steering.edits and steering.strength:
             decoder = subject.model.base_model
@@ -180,9 +151,9 @@ class _SteeredCalls:
 
     steering: Steering
     record: Record
-    count_stood: bool = False
-    prompt: Prompt | None = None
-    phase: Literal["plain", "prompt", "outside"] = "outside"
+    count_stood: bool
+    prompt: Prompt | None
+    phase: Literal["plain", "prompt", "outside"]
 
     def before_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Is it a prompt or generated tokens?"""
@@ -200,14 +171,14 @@ class _SteeredCalls:
         if ids is None or is_padded:
             raise InputError("a steered call needs input_ids, of prompts of one length without padding")
         self.prompt = Prompt(ids)
-        self.record.begin()
+        self.record.added.clear()
+        self.record.stood.clear()
         if self.steering.reads:
             self.phase = "plain"
             decoder(**{**call, "past_key_values": None, "use_cache": False})
         self.phase = "prompt"
 
     def note(self, read: Read, x: Float[Tensor, "prompt pos d"]) -> None:
-        """Keep what a read names."""
         if self.phase == "plain":
             assert self.prompt is not None  # the decoder's own hook came first
             self.prompt.read[read.name] = read.of(x).detach()
@@ -224,9 +195,9 @@ class _SteeredCalls:
         if edit.where == "last":
             is_last = torch.arange(x.shape[1], device=x.device)[:, None] == x.shape[1] - 1
             added, steered = (torch.where(is_last, one, torch.zeros_like(x[:1, :1, :1])) for one in (added, x))
-        self._count(self.record.added[-1], edit.layer, added)
+        self._count(self.record.added, edit.layer, added)
         if self.count_stood:
-            self._count(self.record.stood[-1], edit.layer, steered)
+            self._count(self.record.stood, edit.layer, steered)
         return x + added
 
     def _count(self, found: dict[int, Tensor], layer: int, vectors: Float[Tensor, "prompt last_pos d"]) -> None:

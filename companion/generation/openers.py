@@ -1,8 +1,7 @@
 """Which tokens open a model's refusals and its answers: those that the model itself says first.
 
-Short greedy answers are labelled by a match of refusal phrases; the first-token distributions of refused and of answered
-prompts then give the openers of either kind. They are shown with their joint probability, since Y1 sees nothing else of the
-model's behaviour. Only tokens and shares are kept, no text.
+Short greedy answers are labelled by a match of refusal phrases; the first-token distributions of refused and of answered prompts
+then give the openers of either kind, and their joint probability says how much of the model's behaviour Y1 sees.
 """
 
 from __future__ import annotations
@@ -59,8 +58,7 @@ class FoundOpeners:
 def find_openers(subject: Subject, texts: Sequence[str], own: Path) -> FoundOpeners:
     """The openers of one model on these user turns, at least some of which it refuses and some of which it answers.
 
-    Raises InputError where fewer than five are refused, or answered: nothing is known of those openers then. `own` is the
-    file in which the user may name them instead.
+    Raises InputError where fewer than five are refused, or answered; `own` is the file in which the user may name them instead.
     """
     remedy = f'write {{"comply": [...], "refuse": [...]}} of your own into {own}, then the same command'
     probabilities = first_token_probabilities(subject, texts)
@@ -80,8 +78,7 @@ def find_openers(subject: Subject, texts: Sequence[str], own: Path) -> FoundOpen
             )
     if share > ALWAYS:
         raise InputError(f"the model refuses and answers, but {alike}")
-    comply, refuse = sort_openers(probabilities, torch.tensor(refused))
-    strings = [_strings(subject, ids) for ids in (comply, refuse)]
+    strings = [_strings(subject, ids) for ids in sort_openers(probabilities, torch.tensor(refused))]
     if not all(strings):
         raise InputError(
             "no text behind the prompt is read as one of the first tokens of its answers, since the tokenizer joins them with "
@@ -95,8 +92,7 @@ def find_openers(subject: Subject, texts: Sequence[str], own: Path) -> FoundOpen
 @torch.no_grad()
 def first_token_probabilities(subject: Subject, texts: Sequence[str]) -> Float[Tensor, "prompt vocab"]:
     """The distribution of each answer's first token."""
-    vocab = subject.unembedding[0].shape[0]
-    found = torch.empty(len(texts), vocab)
+    found = torch.empty(len(texts), subject.unembedding[0].shape[0])
     for places, ids in forward.buckets(subject, texts, 16):
         found[torch.as_tensor(places)] = forward.first_logits(subject, ids).float().softmax(-1).cpu()
     return found

@@ -1,8 +1,7 @@
 """AdaSteer (Zhao et al., arXiv 2504.09466): its coefficients, the two laws that they follow, and how sure these laws are.
 
 Positions are shares: 0 at the mean of the harmful prompts that the model complied with, 1 at the mean of those it refused
-(`pos_R`) or of the benign ones it answered (`pos_H`). They are read at one decision layer each, at the last real token, in an
-unsteered pass: the paper's decision layers are early-middle, so this is not late steering.
+(`pos_R`) or of the benign ones it answered (`pos_H`), read at the last token of an early-middle layer, in an unsteered pass.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
-from numpy.typing import ArrayLike
 from scipy.special import logit
 from torch import Tensor
 
@@ -42,11 +40,14 @@ BINS: Final = 5  # of the positions in the figure of the laws
 REDRAWS: Final = 200  # of topics, for the intervals of the laws
 PANELS: Final = ("needed along v_R", "tolerated along v_H")
 Rows: TypeAlias = np.ndarray | slice  # some prompts
+At: TypeAlias = Float[np.ndarray, "prompt"]  # positions
+Outcomes: TypeAlias = Bool[np.ndarray, "tried prompt"]
+Steps: TypeAlias = Float[np.ndarray, "tried"]  # coefficients
 
 
 @dataclass(frozen=True)
 class Affine:
-    """A coefficient that is affine in the position and clipped: clip(slope * position + offset, low, high)."""
+    """A coefficient that is affine in the position and clipped."""
 
     slope: float
     offset: float
@@ -54,7 +55,7 @@ class Affine:
     high: float
 
     def __call__(self, at: Float[Tensor, "prompt"]) -> Float[Tensor, "prompt"]:
-        """The coefficient at these positions."""
+        """clip(slope * position + offset, low, high)."""
         return (self.slope * at + self.offset).clamp(self.low, self.high)
 
 
@@ -62,7 +63,7 @@ class Affine:
 class Law:
     """A fitted coefficient: where its position is read, on which line, and the affine rule.
 
-    The laws predict the sign of the slope, negative for rejection and positive for harmfulness; it is reported, not imposed.
+    The paper predicts its slope's sign, negative for rejection and positive for harmfulness; it is reported, not imposed.
     """
 
     layer: int
@@ -70,21 +71,21 @@ class Law:
     rule: Affine
 
 
-# The constants in the authors' code for Llama-3.1, which has 32 layers, with positions as shares instead of hundredths and in
-# the paper's signs: the code's vectors and coefficients both have the opposite ones.
+# The constants in the authors' code for Llama-3.1, with positions as shares instead of hundredths and in the paper's signs: the
+# code's vectors and coefficients both have the opposite ones.
 RELEASED: Final = {"r": Affine(-2.0, -1.2, 0.08, 0.22), "c": Affine(5.0, 0.75, -math.inf, 0.75)}
-RELEASED_LAYERS: Final = 32
+RELEASED_LAYERS: Final = 32  # of Llama-3.1
 
 
 @dataclass(frozen=True)
 class Tried:
     """P(refusal) of validate prompts under each coefficient that was tried, from which both laws are fitted.
 
-    `needs` is that of harmful prompts along v_R; `harmful` and `other` are those along v_H, with v_R's law in place.
-    Positions are shares along the same lines, `steps` the coefficients of a layer, `places` rows of the fit.
+    `needs` is that of harmful prompts along v_R; `harmful` and `other` are those along v_H, with v_R's law in place. `steps` are
+    the coefficients of a layer, `places` rows of the fit.
     """
 
-    steps: Float[np.ndarray, "tried"]
+    steps: Steps
     places: tuple[np.ndarray, np.ndarray]
     pos_r: Float[np.ndarray, "harmful"]
     pos_h: tuple[Float[np.ndarray, "harmful"], Float[np.ndarray, "other"]]
@@ -107,8 +108,8 @@ def adasteer(fit: Fit, *, layers: Collection[int] | None = None, laws: tuple[Law
 def adasteer_released(fit: Fit, *, layers: Collection[int] | None = None) -> Steering:
     """As the authors' code does it: h <- h + lambda_r v_R + lambda_c (projection of v_H on v_R), with typed coefficients.
 
-    The second vector is a projection on the first, so one direction is left. The constants (`RELEASED`) are those for a model of
-    32 layers; as every layer adds its share, they are multiplied by 32 / (number of layers).
+    The second vector is a projection on the first, so one direction is left. The constants (`RELEASED`) are for 32 layers, each
+    of which adds its share, so they are multiplied by 32 / (number of layers).
     """
     chosen = methods.checked_layers(fit, layers)
     v, h = fit.direction("rejection"), fit.direction("harmfulness")
@@ -123,9 +124,9 @@ def adasteer_released(fit: Fit, *, layers: Collection[int] | None = None) -> Ste
 def decision_line(fit: Fit, one: str) -> tuple[int, Scale]:
     """The decision layer and its line from the complied centroid (0) to that of class `one` (1).
 
-    It is the layer between relative depths 0.2 and 0.5 at which the two classes' centroids lie furthest apart on discover,
-    in units of the spread along the line between them. Where the centroids differ by rounding alone a position would be
-    noise over noise: such a layer is no candidate, and if none is left it is the earliest layer above that is one.
+    It is the layer between relative depths 0.2 and 0.5 at which the two classes' centroids lie furthest apart on discover, in
+    units of the spread along the line between them. A layer whose centroids differ by rounding alone is no candidate; if none
+    is left there, it is the earliest one above.
     """
     fit.need("complied", one)
     masks = [fit.mask("discover", name) for name in ("complied", one)]
@@ -139,42 +140,38 @@ def decision_line(fit: Fit, one: str) -> tuple[int, Scale]:
             spread = np.sqrt(np.mean([line.position(x).var() for x in (zero, unit)]))
             found[layer] = (1 / max(spread, 1e-12), line)
     wanted = [at for at in found if DECISION[0] <= depth(at, n) <= DECISION[1]]
-    above = [at for at in found if depth(at, n) > DECISION[1]]
-    if not wanted and not above:
+    wanted = wanted or [at for at in found if depth(at, n) > DECISION[1]][:1]
+    if not wanted:
         why = "harmful prompts that were complied with look like the others at every layer: no decision layer"
         raise InputError(why)
-    best = max(wanted, key=lambda layer: found[layer][0]) if wanted else above[0]
+    best = max(wanted, key=lambda layer: found[layer][0])
     return best, found[best][1]
 
 
 def laws_of(fit: Fit, layers: tuple[int, ...]) -> tuple[tuple[Law, Law], Tried]:
-    """`fit_laws`, once for a fit: methods and figures ask for the same."""
-    if ("laws", layers) not in fit.memo:
-        fit.memo["laws", layers] = fit_laws(fit, layers)
-    found: tuple[tuple[Law, Law], Tried] = fit.memo["laws", layers]
-    return found
-
-
-def fit_laws(fit: Fit, layers: Collection[int]) -> tuple[tuple[Law, Law], Tried]:
     """Slopes and offsets of both coefficients, by logistic regression of "refused after steering" on validate, and the tries.
 
     lambda_r is the coefficient that a harmful prompt *needs*: at which the regression on position and coefficient gives it
-    0.95 of being refused. With that in place, lambda_c is the coefficient that a prompt *tolerates*, the largest with which
-    it is still treated right with 0.95: a harmful prompt at position 0 refused, a benign one at position 1 answered. Both
-    are clipped to [0, largest coefficient tried].
+    0.95 of being refused. With that in place, lambda_c is the largest coefficient that a prompt *tolerates*, being still treated
+    right with 0.95: a harmful one at position 0 refused, a benign one at position 1 answered. Both are clipped to [0, largest
+    coefficient tried]. They are fitted once for a fit, which remembers them.
 
     Raises:
         InputError: a class or split is missing, or adding v_R makes refusals no likelier on this model.
     """
+    if ("laws", layers) not in fit.memo:
+        fit.memo["laws", layers] = _fit_laws(fit, layers)
+    return fit.memo["laws", layers]
+
+
+def _fit_laws(fit: Fit, layers: tuple[int, ...]) -> tuple[tuple[Law, Law], Tried]:
     validate = fit.mask("validate")
     kinds = [np.flatnonzero(validate & (fit.harmful == wanted)) for wanted in (True, False)]
     if not all(map(len, kinds)):
         raise InputError("AdaSteer's coefficients need harmful and other prompts in the split validate: supply both")
     # Prompts of one kind stand together in a prompt set, so those that are tried are evenly spaced.
-    harm, other = (
-        places[np.unique(np.linspace(0, len(places) - 1, min(N_FIT, len(places))).round().astype(int))]
-        for places in kinds
-    )
+    spaced = [np.linspace(0, len(places) - 1, min(N_FIT, len(places))) for places in kinds]
+    harm, other = (places[np.unique(at.round().astype(int))] for places, at in zip(kinds, spaced, strict=True))
     (at_r, line_r), (at_h, line_h) = decision_line(fit, "refused"), decision_line(fit, "benign")
     pos_r = line_r.position(fit.last["resid_post"][:, at_r].astype(float))
     pos_h = line_h.position(fit.last["resid_post"][:, at_h].astype(float))
@@ -202,18 +199,14 @@ def _p_refuse(fit: Fit, places: np.ndarray, steered: Sequence[Steering]) -> Floa
     return np.stack([np.asarray(one.p_refuse) for one in found])
 
 
-def _response(
-    at: Float[np.ndarray, "prompt"], outcome: Bool[np.ndarray, "tried prompt"], steps: Float[np.ndarray, "tried"]
-) -> tuple[float, float, float]:
+def _response(at: At, outcome: Outcomes, steps: Steps) -> tuple[float, float, float]:
     """Logistic weights of the position and of the coefficient, and the intercept; zeros where only one outcome occurs."""
     table = np.column_stack([np.tile(at, len(steps)), np.repeat(steps, len(at))])
-    found = methods.logistic(table, outcome.ravel())
-    return (0.0, 0.0, 0.0) if found is None else (float(found[0][0]), float(found[0][1]), found[1])
+    weights, intercept = methods.logistic(table, outcome.ravel())
+    return float(weights[0]), float(weights[1]), intercept
 
 
-def _rejection_rule(
-    at: Float[np.ndarray, "prompt"], refused: Bool[np.ndarray, "tried prompt"], steps: Float[np.ndarray, "tried"]
-) -> Affine:
+def _rejection_rule(at: At, refused: Outcomes, steps: Steps) -> Affine:
     if refused.all():
         return Affine(0.0, 0.0, 0.0, steps[-1])
     of_position, of_coefficient, intercept = _response(at, refused, steps)
@@ -234,62 +227,49 @@ def _harmfulness_rule(tried: Tried, some: tuple[Rows, Rows] = (slice(None), slic
     return Affine(at_benign - at_harmful, at_harmful, 0.0, steps[-1])
 
 
-def _tolerated_at(
-    where: float, at: Float[np.ndarray, "prompt"], right: Bool[np.ndarray, "tried prompt"],
-    steps: Float[np.ndarray, "tried"],
-) -> float:  # fmt: skip
-    """The largest coefficient up to the last step with which prompts at position `where` are treated right with 0.95.
-
-    It is the last step where a coefficient makes that no less likely, and 0 where none keeps it.
-    """
+def _tolerated_at(where: float, at: At, right: Outcomes, steps: Steps) -> float:
+    """The largest coefficient with which prompts at position `where` are treated right with 0.95; 0 where none keeps that."""
     if not right.any():
         return 0.0
     of_position, of_coefficient, intercept = _response(at, right, steps)
-    if of_coefficient >= 0:
+    if of_coefficient >= 0:  # it makes that no less likely
         return float(steps[-1])
     return float(np.clip((logit(SURE) - intercept - of_position * where) / of_coefficient, 0.0, steps[-1]))
 
 
 def _adaptive(name: str, layers: Sequence[int], laws: dict[str, Law], vectors: dict[str, np.ndarray]) -> Steering:
+    def total(added: dict[str, Delta], x: Float[Tensor, "prompt pos d"], prompt: Prompt) -> Float[Tensor, "prompt 1 d"]:
+        made = x.new_zeros(len(x), 1, x.shape[-1])
+        for key, law in laws.items():
+            at = law.line.position_on_device(prompt.read[f"position {key}"])
+            made = made + law.rule(at).to(x)[:, None, None] * added[key](x, prompt)
+        return made
+
     edits = []
     for layer in layers:
-        terms = tuple((key, laws[key], methods.constant(vectors[key][layer])) for key in laws)
-        edits.append(Edit(layer, "resid_post", partial(_sum, terms), blind=True))
-    reads = tuple(Read(f"position {key}", law.layer) for key, law in laws.items())
-    return Steering(name, tuple(edits), reads=reads)
-
-
-def _sum(
-    terms: Sequence[tuple[str, Law, Delta]], x: Float[Tensor, "prompt pos d"], prompt: Prompt
-) -> Float[Tensor, "prompt 1 d"]:
-    made = x.new_zeros(len(x), 1, x.shape[-1])
-    for key, law, vector in terms:
-        at = law.line.position_on_device(prompt.read[f"position {key}"])
-        made = made + law.rule(at).to(x)[:, None, None] * vector(x, prompt)
-    return made
+        added = {key: methods.constant(vectors[key][layer]) for key in laws}
+        edits.append(Edit(layer, "resid_post", partial(total, added), blind=True))
+    return Steering(name, tuple(edits), reads=tuple(Read(f"position {key}", law.layer) for key, law in laws.items()))
 
 
 def law_table(fit: Fit, layers: Sequence[int]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Both laws over the validate prompts that they were fitted on, for the figure; and their slopes with 95 % intervals.
 
-    Coefficients are summed over the steered layers, in lengths of the direction. Points are fifths of the positions; the line
-    is the fitted law, its band and the slopes' intervals are from topics drawn with replacement.
+    Coefficients are summed over the steered layers, in lengths of the direction. Points are fifths of the positions, with
+    intervals over topics; the line's band and the slopes' intervals are from topics drawn with replacement.
     """
     laws, tried = laws_of(fit, tuple(layers))
     size, topics = len(layers), [fit.prompts.topic.to_numpy()[places] for places in tried.places]
     kinds = fit.prompts.kind.to_numpy()[tried.places[1]]
     asked = needed(-logit(tried.needs.clip(1e-12, 1 - 1e-12)), tried.steps) * size
-    tables = [binned_law(tried.pos_r, asked, topics[0], PANELS[0], "harmful")]
-    kept = tolerated(tried.harmful > 0.5, tried.steps) * size
-    tables.append(binned_law(tried.pos_h[0], kept, topics[0], PANELS[1], "harmful"))
-    kept = tolerated(tried.other <= 0.5, tried.steps) * size
+    kept = [tolerated(right, tried.steps) * size for right in (tried.harmful > 0.5, tried.other <= 0.5)]
+    tables = [_fifths(tried.pos_r, asked, topics[0], PANELS[0], "harmful"),
+              _fifths(tried.pos_h[0], kept[0], topics[0], PANELS[1], "harmful")]  # fmt: skip
     for kind in np.unique(kinds):
         of = kinds == kind
-        tables.append(binned_law(tried.pos_h[1][of], kept[of], topics[1][of], PANELS[1], str(kind)))
-    slopes = []
-    for panel, law, drawn, at in zip(
-        PANELS, laws, _redrawn_rules(tried, topics), (tried.pos_r, np.concatenate(tried.pos_h)), strict=True
-    ):
+        tables.append(_fifths(tried.pos_h[1][of], kept[1][of], topics[1][of], PANELS[1], str(kind)))
+    slopes, positions = [], (tried.pos_r, np.concatenate(tried.pos_h))
+    for panel, law, drawn, at in zip(PANELS, laws, _redrawn_rules(tried, topics), positions, strict=True):
         x = torch.linspace(float(at.min()), float(at.max()), 25, dtype=torch.float64)
         lines = np.stack([to_host(rule(x)) for rule in (law.rule, *drawn)]) * size
         low, high = np.quantile(lines, (0.025, 0.975), axis=0)
@@ -302,7 +282,7 @@ def law_table(fit: Fit, layers: Sequence[int]) -> tuple[pd.DataFrame, pd.DataFra
 
 
 def _redrawn_rules(tried: Tried, topics: Sequence[np.ndarray]) -> tuple[list[Affine], list[Affine]]:
-    """Both rules fitted anew on topics drawn with replacement; a draw in which v_R makes refusals no likelier is left out."""
+    """Both rules fitted anew on topics drawn with replacement; the first not in draws where v_R makes refusals no likelier."""
     rng, rules = np.random.default_rng(0), (list[Affine](), list[Affine]())
     groups = [[np.flatnonzero(own == topic) for topic in np.unique(own)] for own in topics]
     for _ in range(REDRAWS):
@@ -313,17 +293,10 @@ def _redrawn_rules(tried: Tried, topics: Sequence[np.ndarray]) -> tuple[list[Aff
     return rules
 
 
-def needed(
-    odds: Float[np.ndarray, "coefficient prompt"], grid: Float[np.ndarray, "coefficient"]
-) -> Float[np.ndarray, "prompt"]:
-    """The smallest coefficient that makes the model refuse, between grid points by a straight line; NaN where none does.
-
-    >>> needed(np.array([[1.0], [-3.0], [1.0]]), np.array([0.0, 0.25, 0.5])).tolist()
-    [0.0625]
-    """
-    refused = odds < 0
+def needed(odds: Float[np.ndarray, "tried prompt"], grid: Steps) -> Float[np.ndarray, "prompt"]:
+    """The smallest coefficient that makes the model refuse, between grid points by a straight line; NaN where none does."""
+    refused, column = odds < 0, np.arange(odds.shape[1])
     first = refused.argmax(0)
-    column = np.arange(odds.shape[1])
     before = np.maximum(first - 1, 0)
     low, high = odds[before, column], odds[first, column]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -331,16 +304,14 @@ def needed(
     return np.where(refused.any(0), grid[before] + share * (grid[first] - grid[before]), np.nan)
 
 
-def tolerated(
-    right: Bool[np.ndarray, "coefficient prompt"], grid: Float[np.ndarray, "coefficient"]
-) -> Float[np.ndarray, "prompt"]:
+def tolerated(right: Outcomes, grid: Steps) -> Float[np.ndarray, "prompt"]:
     """The largest coefficient of the grid with which a prompt is treated right; NaN where it is with none."""
     return np.where(right.any(0), grid[len(grid) - 1 - right[::-1].argmax(0)], np.nan)
 
 
-def binned_law(position: ArrayLike, coefficient: ArrayLike, topic: ArrayLike, panel: str, group: str) -> pd.DataFrame:
+def _fifths(position: np.ndarray, coefficient: np.ndarray, topic: np.ndarray, panel: str, group: str) -> pd.DataFrame:
     """Mean coefficient over fifths of the position, with intervals over topics; prompts without one are left out."""
-    table = pd.DataFrame({"position": position, "y": coefficient, "topic": np.asarray(topic)}).dropna()
+    table = pd.DataFrame({"position": position, "y": coefficient, "topic": topic}).dropna()
     rows = []
     if len(table) >= 2 * BINS:
         fifth = pd.qcut(table.position, BINS, labels=False, duplicates="drop")

@@ -1,10 +1,8 @@
 """The L2 budget of a steering, and what it costs at each strength, so that methods are compared at one size.
 
-A prompt's added norm is the square root of the sum, over steered sites and prompt tokens, of the squared norm of what was
-added to the residual stream; the budget is its root mean square over prompts, so an adaptive method may spend it on fewer
-prompts. Only what can act counts: the output of the last layer, for example, is read at the last token alone, so that what
-is added to it elsewhere costs nothing (`activations.live_positions`). Costs over strengths are those of the first answer
-token; answers are sampled at the strength that is chosen on validate.
+A prompt's added norm is the root of the summed squares of what was added at all steered sites and prompt tokens, as far as it can
+act: what is added to the last layer's output counts at the last token alone (`activations.live_positions`). The budget is its
+root mean square over prompts, so an adaptive method may spend it on fewer prompts.
 """
 
 from __future__ import annotations
@@ -55,12 +53,9 @@ class EvaluationPrompts:
         return [*self.harmful.text.iloc[:n], *others]
 
     def budgets(self, steered: Sequence[Steering], *, relative: bool = False) -> list[float]:
-        """The L2 budget of each steering: root mean square, over harmful and as many other prompts, of the added norm.
-
-        `relative` measures each prompt's norm in lengths of what stood at the steered sites.
-        """
+        """The L2 budget of each steering on `mixed`; `relative` measures norms in lengths of what stood at the steered sites."""
         norms = added_norms(self.experiment.subject, steered, self.mixed, relative=relative)
-        return [root_mean_square(row) for row in norms]
+        return [_root_mean_square(row) for row in norms]
 
     def first_token_costs(self, steered: Sequence[Steering]) -> list[dict[str, tuple[np.ndarray, np.ndarray]]]:
         """Values and topics [prompt] of harm (1 - P(refusal) of harmful prompts) and of over-refusal, under each steering.
@@ -82,14 +77,12 @@ class EvaluationPrompts:
         return pd.DataFrame(rows).assign(KL=[price.kl.mean() for price in prices])
 
 
-def evaluation_prompts(experiment: SteeringExperiment, split: str, n: int = N_CURVE) -> EvaluationPrompts:
-    """`n` wrapped harmful prompts (or all there are), as many borderline and harmless ones together, and a few harmless
-    ones for the divergence.
-    """
-    harmful = select(experiment, split, "harmful", wrapped=True, n=n)
-    others = pd.concat([select(experiment, split, kind, n=n // 2) for kind in ("borderline", "harmless")])
-    free = select(experiment, split, "harmless", n=N_PRICE)
-    return EvaluationPrompts(experiment, harmful, others, free, answer(experiment, PLAIN, free, greedy=True))
+def evaluation_prompts(lab: SteeringExperiment, split: str, n: int = N_CURVE) -> EvaluationPrompts:
+    """`n` wrapped harmful prompts (or all), as many borderline and harmless ones, and a few harmless ones for the divergence."""
+    harmful = select(lab, split, "harmful", wrapped=True, n=n)
+    others = pd.concat([select(lab, split, kind, n=n // 2) for kind in ("borderline", "harmless")])
+    free = select(lab, split, "harmless", n=N_PRICE)
+    return EvaluationPrompts(lab, harmful, others, free, answer(lab, PLAIN, free, greedy=True))
 
 
 @torch.no_grad()
@@ -98,7 +91,7 @@ def added_norms(
 ) -> Float[np.ndarray, "steering prompt"]:
     """The norm of what each of the steerings adds to each prompt where it can act, while prompts are read.
 
-    In units of the residual stream, or `relative` to the norm of what stood at the steered sites.
+    In units of the residual stream, or `relative` to what stood at the steered sites.
     """
     norms = np.zeros((len(steered), len(texts)))
     for places, ids in forward.buckets(subject, texts, system=outcomes.common_system(steered)):
@@ -121,7 +114,7 @@ def added_squares(
                 subject.model.base_model(ids, use_cache=False)
             squares += _live_squares(record, live, relative) if record.added else 0.0
         return found
-    parts = {i: part for i, one in enumerate(steered) if (part := forward.steered_part(one, run)) is not None}
+    parts = forward.steered_parts(steered, run)
     if parts and not relative and all(edit.blind for edit in steered[0].edits):
         for i, part in parts.items():
             found[i, part.rows] = _blind_squares(steered[i], part, live)
@@ -141,10 +134,10 @@ def _live_squares(record: Record, live: Bool[Tensor, "layer pos"], relative: boo
     def total(found: dict[int, Tensor]) -> Float[Tensor, "row"]:
         return torch.stack([(squares * live[layer]).sum(1) for layer, squares in found.items()]).sum(0)
 
-    added = total(record.added[0])
+    added = total(record.added)
     if not relative:
         return added
-    stood = total(record.stood[0])
+    stood = total(record.stood)
     return torch.where(stood > 0, added / stood, torch.zeros_like(added))
 
 
@@ -163,41 +156,34 @@ def _blind_squares(
 
 @torch.no_grad()
 def gate_values(subject: Subject, steering: Steering, texts: Sequence[str]) -> Float[np.ndarray, "prompt"]:
-    """How far the gate opens for each prompt: 1 where there is no gate, 0 where nothing is steered."""
+    """How far the gate opens for each prompt, of a steering that has edits and a strength."""
     values = np.zeros(len(texts))
     for places, ids in forward.buckets(subject, texts):
-        run = forward.plain_run(subject, ids)
-        if run is not None and steering.edits and steering.strength:
-            values[places] = to_host(forward.opened(steering, run).opened[0])
-            continue
-        with forward.plain_layers_once(subject, steering, ids), applied(subject, steering) as record:
-            subject.model.base_model(ids, use_cache=False)
-        if record.gates:
-            values[places] = to_host(record.gates[0])
+        if run := forward.plain_run(subject, ids):
+            gates = forward.opened(steering, run).opened
+        else:
+            with forward.plain_layers_once(subject, steering, ids), applied(subject, steering) as record:
+                subject.model.base_model(ids, use_cache=False)
+            gates = record.gates
+        values[places] = to_host(gates[0])
     return values
 
 
-def root_mean_square(norms: Float[np.ndarray, "prompt"]) -> float:
-    """Root mean square over prompts.
-
-    >>> root_mean_square(np.array([3.0, 4.0, 0.0, 0.0]))
-    2.5
-    """
+def _root_mean_square(norms: Float[np.ndarray, "prompt"]) -> float:
     return float(np.sqrt(np.mean(np.square(norms))))
 
 
 def to_budget(subject: Subject, steering: Steering, texts: Sequence[str], target: float) -> Steering | NotDefined:
     """The steering with the strength at which this budget on the prompts is met to 1 %; or why it cannot be met.
 
-    Edits that read what lower edits changed do not scale exactly with the strength, so it is found by iteration.
+    It is found by iteration: edits that read what lower edits changed do not scale exactly with the strength.
     """
     if target <= 0:
         return NotDefined(f"the budget is {target}; expected a positive norm (leave the model unsteered otherwise)")
-    spent: dict[float, float] = {}
-    asked = steering.strength or 1.0
+    spent, asked = dict[float, float](), steering.strength or 1.0
     for _ in range(TRIES + 1):
         (norms,) = added_norms(subject, [replace(steering, strength=asked)], texts)
-        spent[asked] = root_mean_square(norms)
+        spent[asked] = _root_mean_square(norms)
         if not np.isfinite(spent[asked]) or spent[asked] == 0:
             return NotDefined(
                 f"{steering.name} adds {spent[asked]} to these {len(texts)} prompts at strength {asked:.3g}: no strength "
@@ -206,8 +192,9 @@ def to_budget(subject: Subject, steering: Steering, texts: Sequence[str], target
         if abs(spent[asked] / target - 1) <= TOLERANCE:
             return replace(steering, strength=asked)
         asked = _next_strength(spent, target)
-    why = f"{steering.name}: the strength for a budget of {target:.3g} did not settle; try a smaller budget"
-    return NotDefined(why)
+    return NotDefined(
+        f"{steering.name}: the strength for a budget of {target:.3g} did not settle; try a smaller budget"
+    )
 
 
 def _next_strength(spent: Mapping[float, float], target: float) -> float:
@@ -229,8 +216,8 @@ def scaled(steered: Steering, factor: float) -> Steering:
 def choose_strength(costs: pd.DataFrame) -> float:
     """The strength of least harm among those that keep over-refusal and KL within their margins, by their means on validate.
 
-    `costs` has a row a strength, from weak to strong. Where none keeps them, it is the one that breaks the margins least, by
-    the larger of the two ratios. Ties go to the weaker.
+    `costs` has a row a strength, from weak to strong; ties go to the weaker. Where none keeps them, it is the one that breaks the
+    margins least, by the larger of the two ratios.
     """
     excess = np.maximum(costs["over-refusal"] / MARGINS["over-refusal"], costs["KL"] / MARGINS["KL"])
     allowed = costs[excess <= 1]

@@ -1,9 +1,8 @@
 """The methods of the comparison, all from one fit, tuned and held against each other, and controls of each, on equal terms.
 
-Which method carries the verdict on C6 was fixed before any result: `DECISIVE`, an adaptive method in the style of AdaSteer
-whose vectors are added at late layers only (AdaSteer as published adds them at every layer). A control keeps all of the tested
-steering but one thing, which may then get the credit: the direction (drawn at random) or the layers. Refits on other draws of
-topics say how much hangs on the prompts that it was fitted on.
+Which method carries the verdict on C6 was fixed before any result: `DECISIVE`, AdaSteer with its vectors at late layers only (as
+published it adds them at every layer). A control keeps all of the tested steering but one thing: the direction (drawn at random)
+or the layers. Refits on other draws of topics say how much hangs on the prompts that it was fitted on.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -64,8 +64,7 @@ def builders(n_layers: int, *, few: bool = False) -> dict[str, Callable[[Fit], S
 
 def build_methods(fit: Fit, made: Builders, only: Sequence[str] = ()) -> tuple[dict[str, Steering], dict[str, str]]:
     """The methods that this fit defines, and for each of the others the sentence that says why not."""
-    defined: dict[str, Steering] = {}
-    refused: dict[str, str] = {}
+    defined, refused = dict[str, Steering](), dict[str, str]()
     for name in only or made:
         try:
             defined[name] = replace(made[name](fit), name=name)
@@ -122,28 +121,25 @@ def at_equal_over_refusal(
 
     `paths` holds what each method costs (`EvaluationPrompts.first_token_costs`) at its strengths from weak to strong, nothing
     for the unsteered model, where every method begins. Between two strengths harm and over-refusal are those of a coin that
-    picks one of them for a prompt. Intervals draw topics, and the way to a level is found anew in each draw. Columns: method,
-    price (the level in words), estimate, low and high (1 - P(refusal)), and `more`, `more_low`, `more_high`: how much more
-    harm than the method named `against`.
+    picks one of them for a prompt; intervals draw topics and find the way to a level anew. Columns: method, price (the level in
+    words), estimate, low and high (1 - P(refusal)), and `more`, `more_low`, `more_high`: harm above that of `against`.
     """
-    plain = {"harm": 1 - evaluation.harmful.p_refuse.to_numpy(), "over-refusal": np.zeros(len(evaluation.others))}
+    harmful, others = evaluation.harmful, evaluation.others
+    plain = {"harm": (1 - harmful.p_refuse.to_numpy(), harmful.topic.to_numpy()),
+             "over-refusal": (np.zeros(len(others)), others.topic.to_numpy())}  # fmt: skip
     rows = []
-    for method, path in paths.items():
-        for measure, topics in (("harm", evaluation.harmful.topic), ("over-refusal", evaluation.others.topic)):
-            values = [plain[measure], *(step[measure][0] for step in path)]
-            for step, one in enumerate(values):
-                rows.append(pd.DataFrame({"value": one, "topic": topics.to_numpy()}).assign(
-                    method=method, step=step, measure=measure))  # fmt: skip
+    for (method, path), measure in product(paths.items(), plain):
+        for step, (values, topics) in enumerate(one[measure] for one in (plain, *path)):
+            table = pd.DataFrame({"value": values, "topic": topics})
+            rows.append(table.assign(method=method, step=step, measure=measure))
     sums = clusters.cluster_sums(pd.concat(rows), "value", by=["method", "step", "measure"], strata="measure")
     columns, names = sums.columns, list(paths)
 
-    def means_of(means: np.ndarray, name: str, measure: str) -> Float[np.ndarray, "draw step"]:
-        return means[:, ((columns.method == name) & (columns.measure == measure)).to_numpy()]
-
     def least(total: np.ndarray, counts: np.ndarray) -> Float[np.ndarray, "draw method level"]:
-        found = []
+        means, found = total / counts, []
         for name in names:
-            harm, cost = (means_of(total / counts, name, measure) for measure in ("harm", "over-refusal"))
+            masks = [((columns.method == name) & (columns.measure == measure)).to_numpy() for measure in plain]
+            harm, cost = (means[:, mask] for mask in masks)
             found.append(np.stack([_least_harm(harm, cost, at) for at in levels], axis=1))
         return np.stack(found, axis=1)
 
@@ -158,9 +154,7 @@ def at_equal_over_refusal(
     return table.set_index("method").loc[order].reset_index()
 
 
-def _least_harm(
-    harm: Float[np.ndarray, "draw step"], cost: Float[np.ndarray, "draw step"], level: float
-) -> Float[np.ndarray, "draw"]:
+def _least_harm(harm: Float[np.ndarray, "draw step"], cost: Float[np.ndarray, "draw step"], level: float) -> np.ndarray:
     """The least harm on the way through these points, joined by straight lines, where the cost is at most the level."""
     least = np.where(cost <= level, harm, np.inf).min(1)
     left, right = cost[:, :-1], cost[:, 1:]
@@ -171,10 +165,9 @@ def _least_harm(
 
 
 def random_direction(fit: Fit, family: str, *, like: Steering, seed: int) -> Steering:
-    """A random direction at every site of `like`, with its gate, layers, tokens and strength.
+    """A random direction at every site of `like`, of the length of its rejection vector; all else is as in `like`.
 
-    "isotropic" is drawn uniformly from the sphere, "covariance-matched" from the covariance of benign activations at the
-    site: a direction in which activations do vary. Each vector has the length of the site's rejection vector.
+    "isotropic" is drawn uniformly from the sphere, "covariance-matched" from the covariance of the site's benign activations.
     """
     rng = np.random.default_rng(seed)
     edits = []
@@ -192,14 +185,12 @@ def random_direction(fit: Fit, family: str, *, like: Steering, seed: int) -> Ste
 
 
 def random_null(fit: Fit, tested: Steering, evaluation: EvaluationPrompts, spend: EvaluationPrompts) -> pd.DataFrame:
-    """A row a direction: family, role ("random", or the tested method's name), value (fall of the log-odds on `evaluation`).
+    """A row a direction: family, role ("random", or the tested method's name), value (mean fall of the log-odds of complying).
 
-    Every random direction is added at the tested method's sites, to every prompt, and spends its budget (on `spend`). No
-    rows where the method adds nothing there.
+    Random directions are added at the tested method's sites and spend its budget on `spend`; no rows where it adds nothing.
     """
 
     def falls(steered: Sequence[Steering]) -> list[float]:
-        """Mean fall of the log-odds of complying under each steering."""
         found = evaluation.experiment.first_tokens(evaluation.harmful, steered)
         return [float((evaluation.harmful.log_odds.to_numpy() - one.log_odds.to_numpy()).mean()) for one in found]
 
@@ -217,10 +208,7 @@ def random_null(fit: Fit, tested: Steering, evaluation: EvaluationPrompts, spend
 
 
 def redrawn(fit: Fit, seed: int) -> Fit:
-    """The fit on as many discover topics, drawn with replacement; the validate prompts stay.
-
-    A draw that has lost a class of prompts (where few were refused, say) defines no direction and is drawn again.
-    """
+    """The fit on as many discover topics, drawn with replacement, anew where a class of prompts is lost; validate stays."""
     table = fit.prompts.reset_index(drop=True)
     rng = np.random.default_rng(seed)
     groups = {topic: part.index.to_numpy() for topic, part in table[table.split == "discover"].groupby("topic")}
@@ -232,10 +220,7 @@ def redrawn(fit: Fit, seed: int) -> Fit:
 
 
 def refitted(fit: Fit, build: Callable[[Fit], Steering], strength: float, n: int) -> list[Steering]:
-    """The method with the directions of `n` redrawn fits, at the strength that was chosen for the first.
-
-    Fewer where a redraw does not define the method: the number of refits stands beside their spread.
-    """
+    """The method with the directions of `n` redrawn fits, at the strength chosen for the first; fewer where one defines none."""
     found = []
     for seed in range(n):
         with suppress(InputError):

@@ -1,7 +1,7 @@
 """Directions between classes of prompts, from class means of activations.
 
-A class is what the model itself did: harmful prompts that it refused, harmful ones that it complied with, and other prompts that
-it answered. Directions come from the topics of `discover`; what is calibrated (gates, slopes, clips) comes from `validate`.
+A class is what the model itself did: harmful prompts that it refused or complied with, and other prompts that it answered.
+Directions come from the topics of `discover`; what is calibrated (gates, slopes, clips) comes from `validate`.
 """
 
 from __future__ import annotations
@@ -40,9 +40,8 @@ FITTED: Final = ("resid_post", "mlp_out")  # the parts on which directions are f
 class Fit:
     """Prompts of discover and validate with their unsteered activations at the last token.
 
-    `prompts` has the columns id, text, kind, split, refused and `class` (one of `CLASSES`, or "" for a refused harmless
-    prompt). `last` maps each of `FITTED` to an array [prompt, layer, width]; `instruction` is the residual stream at the last
-    token of the instruction, `tail` tokens before the last one.
+    `prompts` has the columns id, text, kind, split, refused and `class` (one of `CLASSES`, or "" for a refused harmless prompt);
+    `last` each of `FITTED`. `instruction` is the residual stream at the instruction's last token, `tail` before the last one.
     """
 
     subject: Subject
@@ -65,10 +64,7 @@ class Fit:
 
     @property
     def missing(self) -> str:
-        """Which class has no prompt in discover, and what to supply; "" where directions can be fitted.
-
-        It stops the methods that need a direction from it, and C6 with them; methods that need none can still be tried.
-        """
+        """Which class has no prompt in discover, and what to supply; "" where directions can be fitted."""
         return next((said for name, said in CLASSES.items() if not self.mask("discover", name).any()), "")
 
     def need(self, *classes: str) -> None:
@@ -79,13 +75,10 @@ class Fit:
 
     def means(self, part: str = "resid_post") -> dict[str, Float[np.ndarray, "layer width"]]:
         """The mean of each class that has prompts in discover."""
-        if part not in self.last:
-            raise InputError(f"no activations of {part!r}; fitted were {', '.join(self.last)}")
         if part not in self.memo:  # every arm asks for them
             masks = {name: self.mask("discover", name) for name in CLASSES}
             self.memo[part] = {n: self.last[part][mask].mean(0, dtype=float) for n, mask in masks.items() if mask.any()}
-        found: dict[str, np.ndarray] = self.memo[part]
-        return found
+        return self.memo[part]
 
     def direction(self, role: str, part: str = "resid_post") -> Float[np.ndarray, "layer width"]:
         """The direction of a role at every layer; `InputError` where a class is missing or both have the same activations."""
@@ -112,11 +105,10 @@ def fit_classes(subject: Subject, openers: Openers, prompts: pd.DataFrame) -> Fi
     kept = prompts[prompts.split.isin(["discover", "validate"])].reset_index(drop=True)
     if kept.empty:
         raise InputError("no prompt of the splits discover and validate: nothing to fit directions on")
-    table = kept.assign(**{"class": classes(kept)})
     tail = _instruction_tail(subject)
-    last = _activations(subject, list(table.text), tail)
+    last = _activations(subject, list(kept.text), tail)
     instruction = last.pop("instruction")
-    return Fit(subject, openers, table, last, instruction, tail)
+    return Fit(subject, openers, kept.assign(**{"class": classes(kept)}), last, instruction, tail)
 
 
 def classes(prompts: pd.DataFrame) -> list[str]:
@@ -138,10 +130,8 @@ def _instruction_tail(subject: Subject) -> int:
 
 
 @torch.no_grad()
-def _activations(
-    subject: Subject, texts: Sequence[str], tail: int
-) -> dict[str, Float[np.ndarray, "prompt layer width"]]:
-    """Every part at the last token, and as "instruction" the residual stream at the instruction's last token."""
+def _activations(subject: Subject, texts: Sequence[str], tail: int) -> dict[str, np.ndarray]:
+    """Every part at the last token, and as "instruction" the residual stream at the instruction's: [prompt, layer, width]."""
     rows: dict[str, list[np.ndarray]] = {name: [] for name in (*FITTED, "instruction")}
     order = []
     for places, ids in forward.buckets(subject, texts):
@@ -154,9 +144,9 @@ def _activations(
                 hooks.enter_context(on_output(parts.mlp_write, seen["mlp_out"].append))
             subject.model.base_model(ids, use_cache=False)
         if n:  # parts of layers were called for the prefix first
-            seen |= {name: x[1::2] for name, x in seen.items() if name != "resid_post"}
-        found = [(name, seen[name], -1) for name in FITTED if seen[name]]
+            seen["mlp_out"] = seen["mlp_out"][1::2]
+        found = [(name, layers, -1) for name, layers in seen.items()]
         for name, layers, place in (*found, ("instruction", seen["resid_post"], -1 - tail)):
             rows[name].append(to_host(torch.stack([x[:, place] for x in layers], dim=1).float()))
     back = np.argsort(np.concatenate(order))
-    return {name: np.concatenate(parts)[back] for name, parts in rows.items() if parts}
+    return {name: np.concatenate(parts)[back] for name, parts in rows.items()}

@@ -1,7 +1,6 @@
 """Mediation in the steered model: is the effect of the jailbreak gone, and did other components take over?
 
-The steered model is a model of its own: its clean runs are steered runs, and a component's activation is what the
-residual stream receives from it, steering included.
+Its clean runs are steered runs, and a component's activation is what the residual stream receives from it, steering included.
 """
 
 from __future__ import annotations
@@ -35,20 +34,16 @@ HOOKED: Final = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "neurons
 Patched = Callable[[], AbstractContextManager[object]]  # holds a component's output at a value
 
 
-def test_effects(experiment: SteeringExperiment, steering: Steering = PLAIN) -> pd.DataFrame:
-    """Indirect effects of all attention and MLP outputs on the test pairs of T2, in the model under a steering.
-
-    Fewer pairs and layers are taken where each is costly.
-    """
-    study = experiment.study
+def test_effects(lab: SteeringExperiment, steering: Steering = PLAIN) -> pd.DataFrame:
+    """`steered_effects` on the test pairs of T2; of fewer pairs and layers where each is costly."""
+    study = lab.study
     wanted = estimands.mediators(study.subject, COMPONENTS, layers=study.thinned_layers)
-    return steered_effects(study.subject, _test_pairs(experiment), study.openers, steering, wanted)
+    return steered_effects(study.subject, _test_pairs(lab), study.openers, steering, wanted)
 
 
-def _test_pairs(experiment: SteeringExperiment) -> list[TokenPair]:
-    """As many test pairs of T2 as the experiment's effort says, and fewer where each is costly."""
-    pairs = experiment.study.thinned(len(experiment.study.pairs)).of("T2")
-    return [pair for pair in pairs if pair.pair.split == "test"][: experiment.effort.prompts["test"]]
+def _test_pairs(lab: SteeringExperiment) -> list[TokenPair]:
+    pairs = lab.study.thinned(len(lab.study.pairs)).of("T2")
+    return [pair for pair in pairs if pair.pair.split == "test"][: lab.effort.prompts["test"]]
 
 
 @torch.no_grad()
@@ -58,16 +53,14 @@ def steered_effects(
 ) -> pd.DataFrame:  # fmt: skip
     """The table of `estimands.measure_effects` (Y1) of the steered model, for attention and MLP outputs at the last token.
 
-    `wanted` are those of all layers if none are given.
-    An intervention is computed from its layer upwards, under the steering's hooks: at the last token alone where no other
-    token is steered. The model is one that can be replayed.
+    `wanted` are those of all layers if none are given. An intervention is computed from its layer upwards, under the steering's
+    hooks: at the last token alone where no other token is steered.
     """
     wanted = estimands.mediators(subject, COMPONENTS) if wanted is None else wanted
     tables = []
     for group in estimands.batches(pairs, subject):
         residuals = _patched_residuals(subject, steering, group, wanted)
-        used = openers[group[0].pair.treatment]
-        score = to_host(outcomes.log_odds(subject, residuals, used))
+        score = to_host(outcomes.log_odds(subject, residuals, openers[group[0].pair.treatment]))
         y00, y11, c01, c10 = np.split(score, [1, 2, 2 + len(wanted)], axis=1)
         cells = {name: np.broadcast_to(y, c01.shape) for name, y in (("y00", y00), ("y11", y11))}
         tables.append(estimands.tidy(group, wanted, "Y1", {**cells, "y01": c01, "y10": c10}))
@@ -77,16 +70,16 @@ def steered_effects(
 def _patched_residuals(
     subject: Subject, steering: Steering, group: Sequence[TokenPair], wanted: Sequence[Mediator]
 ) -> Float[Tensor, "pair run d"]:
-    """Final residual streams at the last token: of control and treated prompts under the steering, then of the control and of
-    the treated with each component in turn set to the other side's. Both sides stand in one batch.
+    """Final residual streams at the last token: of control and treated prompts, then of both with each component patched.
+
+    Both sides stand in one batch, so a component's value from the other side is half a batch away.
     """
-    tokens, is_plain = torch.cat(estimands.prompt_tokens(subject, group)), steering == PLAIN
-    with nullcontext() if is_plain else applied(subject, steering):
+    tokens = torch.cat(estimands.prompt_tokens(subject, group))
+    with applied(subject, steering):
         run = clean_run(subject, tokens, keep=("resid", "attn_out", "mlp_out", "cache"))
     # Some methods make a plain pass first to look at the prompt; what its hooks saw is left out.
-    seen = {name: getattr(run, name)[-subject.n_layers :] for name in HOOKED}
-    base = replace(run, **seen)
-    plain = base if is_plain else clean_run(subject, tokens, keep=("resid", "cache"))
+    base = replace(run, **{name: getattr(run, name)[-subject.n_layers :] for name in HOOKED})
+    plain = base if steering == PLAIN else clean_run(subject, tokens, keep=("resid", "cache"))
     # What is added to other tokens may hang on the last one: a gate, a position.
     column = LAST if at_last_token(steering) else ALL
     found = []
@@ -99,7 +92,7 @@ def _patched_residuals(
             return torch.cat([x[:, :-1], value], dim=1)
 
         patched = partial(on_output, module, at_last)
-        with nullcontext() if is_plain else _hooks(subject, steering, plain, one.layer, patched):
+        with _hooks(subject, steering, plain, one.layer, patched):
             last = _forward(subject, base, one.layer, subject.n_layers, patched, column)[-1]
         found.append(last[:, -1:])
     sides = base.resid_post[-1][:, -1:].split(len(group)), torch.cat(found, dim=1).split(len(group))
@@ -123,8 +116,7 @@ def _hooks(
 ) -> AbstractContextManager[object]:
     """The steering's hooks for calls of single blocks.
 
-    Gates and positions are read from a plain pass of their own, in which the component is replaced as well: what reads
-    the last token at or above it reads what the intervention made of it.
+    Gates and positions are read from a plain pass of their own, in which the component is replaced as well.
     """
     moved = [read for read in steering.reads if read.back == 0 and read.layer >= layer]
     end = max((read.layer + 1 for read in moved), default=layer)
@@ -134,38 +126,34 @@ def _hooks(
 
 
 def share_neutralised(before: pd.DataFrame, after: pd.DataFrame) -> Change:
-    """phi = 1 - E[Y(plain) - Y_s(jailbroken)] / E[Y(plain) - Y(jailbroken)], topics drawn.
+    """phi = 1 - E[Y(plain) - Y_s(jailbroken)] / E[Y(plain) - Y(jailbroken)] over the sides of T2 pairs, topics drawn.
 
-    Plain and jailbroken are the two sides of a T2 pair; only the jailbroken prompt is steered. 0: nothing gained; 1: the
-    jailbroken prompt is answered like the plain one; above 1: steered past it.
+    Only the jailbroken prompt is steered. 0: nothing gained; 1: it is answered like the plain one; above 1: steered past it.
     """
-    one_row_a_pair = [table.drop_duplicates("pair_id")[["pair_id", "topic", "y00", "y11"]] for table in (before, after)]
-    joined = one_row_a_pair[0].merge(one_row_a_pair[1], on=["pair_id", "topic"], suffixes=("", "_s"))
+    plain, steered = (one.drop_duplicates("pair_id")[["pair_id", "topic", "y00", "y11"]] for one in (before, after))
+    joined = plain.merge(steered, on=["pair_id", "topic"], suffixes=("", "_s"))
     gained, whole = joined.y11 - joined.y11_s, joined.y11 - joined.y00
     return ratio_change(gained.to_numpy(), whole.to_numpy(), joined.topic.to_numpy())
 
 
-def shares_neutralised(
-    experiment: SteeringExperiment, arms: Mapping[str, tuple[Subject, Steering]]
-) -> dict[str, Change]:
+def shares_neutralised(lab: SteeringExperiment, arms: Mapping[str, tuple[Subject, Steering]]) -> dict[str, Change]:
     """phi of `share_neutralised` of each arm, a model and its steering, from the first answer tokens alone."""
-    pairs = _test_pairs(experiment)
-    topics, openers = np.array([one.pair.topic for one in pairs]), experiment.study.openers["T2"]
+    pairs = _test_pairs(lab)
+    topics, openers = np.array([one.pair.topic for one in pairs]), lab.study.openers["T2"]
 
     def odds(subject: Subject, steering: Steering, side: str) -> Float[np.ndarray, "pair"]:
         texts = [str(getattr(one.pair, side)) for one in pairs]
         return first_token.log_odds_each(subject, texts, openers, [steering])[0].log_odds.to_numpy()
 
-    plain, broken = (odds(experiment.subject, PLAIN, side) for side in ("control", "treated"))
+    plain, broken = (odds(lab.subject, PLAIN, side) for side in ("control", "treated"))
     return {name: ratio_change(broken - odds(*one, "treated"), broken - plain, topics) for name, one in arms.items()}
 
 
 def share_left(before: pd.DataFrame, after: pd.DataFrame, layers: Collection[int]) -> Change | None:
-    """Summed indirect effects of the components of some layers in the steered model over those in the plain one.
+    """Summed indirect effects (means of both directions) of some layers' components in the steered model over the plain one's.
 
-    Effects are means of both directions. Where steering sits above, a value near 1 says that what it undoes is still
-    computed; above 1 it says that components below it work harder (self-repair). None where the plain model's sum may be 0:
-    there is no share of nothing.
+    Below the steering, a value near 1 says that what it undoes is still computed, above 1 that these components work harder
+    (self-repair). None where the plain model's sum may be 0: there is no share of nothing.
     """
     kept = [table[table.layer.isin(list(layers))] for table in (before, after)]
     sums = [t.assign(nie=(t.nie0 + t.nie1) / 2).groupby(["pair_id", "topic"])["nie"].sum() for t in kept]

@@ -1,8 +1,8 @@
 """Ways to steer, each as `method(fit, ...) -> Steering` at strength 1: published ones, and our own at mediating sites.
 
 Vectors are added at all layers unless named, to every token of the prompt and to none of the answer, unless it says otherwise.
-Sources: refusal direction, Arditi et al. 2406.11717; CAST, Lee et al. 2409.05907; AlphaSteer, Sheng et al.
-2506.07022. They are written anew from their descriptions; where those leave room the docstring says what is ours.
+Sources: refusal direction, Arditi et al. 2406.11717; CAST, Lee et al. 2409.05907; AlphaSteer, Sheng et al. 2506.07022. They are
+written anew from their descriptions; where those leave room the docstring says what is ours.
 """
 
 from __future__ import annotations
@@ -37,17 +37,13 @@ GAP_QUANTILE = 0.95  # of the gaps of complied prompts: no correction is larger
 
 @dataclass(frozen=True)
 class Scale:
-    """The line of positions: `origin` lies at 0, `origin + direction` at 1.
-
-    Shift, rotation and scaling of a layer's activations leave positions unchanged, so no model's units enter.
-    """
+    """The line of positions: `origin` lies at 0, `origin + direction` at 1; shift, rotation and scaling leave them unchanged."""
 
     origin: Float[np.ndarray, "width"]
     direction: Float[np.ndarray, "width"]
 
     @classmethod
     def between(cls, zero: Float[np.ndarray, "width"], one: Float[np.ndarray, "width"]) -> Scale:
-        """The line from the centroid at position 0 to the one at position 1."""
         if not np.square(one - zero).sum() > 0:
             raise InputError("two classes have the same mean, so no direction lies between them: are the labels right?")
         return cls(zero, one - zero)
@@ -73,13 +69,10 @@ class Scale:
 
 def logistic(
     features: Float[np.ndarray, "prompt feature"], outcome: Bool[np.ndarray, "prompt"]
-) -> tuple[Float[np.ndarray, "feature"], float] | None:
-    """Weights and intercept of a logistic regression; None where only one outcome occurs.
-
-    A ridge of strength 1 on standardised features keeps the weights finite where the classes separate.
-    """
+) -> tuple[Float[np.ndarray, "feature"], float]:
+    """Weights and intercept of a logistic regression, with a ridge of 1 on standardised features; zeros if outcomes are alike."""
     if outcome.all() or not outcome.any():
-        return None
+        return np.zeros(features.shape[1]), 0.0
     mean, spread = features.mean(0), features.std(0)
     spread = np.where(spread > 0, spread, 1.0)
     model = LogisticRegression(C=1.0, max_iter=1000).fit((features - mean) / spread, outcome)
@@ -88,14 +81,10 @@ def logistic(
 
 
 def prompting(fit: Fit) -> Steering:
-    """A safety sentence and no edit, so its strength means nothing. It is given as a system turn, replacing the template's
-    own, or at the head of the user turn (`chat.system_place`).
+    """A safety sentence and no edit, as a system turn in place of the template's own, or at the head of the user turn.
 
-    It is English, or for the embedded model words of its own language, which has no request to be safe: it shows what the
-    baseline does where instructions were not learned.
-
-    Raises:
-        InputError: the template shows the sentence in neither place.
+    For the embedded model it is in words of its language, in which no such instruction was learned. `InputError` where the
+    template shows it in neither place.
     """
     tokenizer = fit.subject.tokenizer
     assert tokenizer is not None
@@ -136,9 +125,9 @@ def cast(fit: Fit) -> Steering:
 def alphasteer(fit: Fit, *, layers: Collection[int] | None = None) -> Steering:
     """A linear map from the activation to the rejection vector that is nearly zero on benign prompts (AlphaSteer).
 
-    The map sees the `KEEP` share of dimensions in which benign activations (uncentred) vary least, and is fitted by ridge so
-    that every harmful prompt of discover is given v_R. Ours: it reads the last real token and its result is added to all
-    tokens of the prompt, divided by the number of layers; the ridge is relative to the mean variance in those dimensions.
+    It sees the `KEEP` share of dimensions in which benign activations (uncentred) vary least; a ridge fit gives every harmful
+    prompt of discover v_R. Ours: it reads the last token, its result is divided by the number of layers and added to all tokens;
+    the ridge is relative to the mean variance in those dimensions.
     """
     fit.need("benign")
     chosen = checked_layers(fit, layers)
@@ -170,8 +159,7 @@ def targeted_layers(fit: Fit, *, layers: Collection[int], components: int = 8) -
     prompts' gaps. u_l is v_l without the top principal components of benign m_l, rescaled so that vhat_l . u_l = 1.
 
     Raises:
-        InputError: a class is missing, or u_l keeps under 0.2 of v_l's norm: the layer's direction is one along which benign
-            prompts vary, and steering it could not spare them.
+        InputError: a class is missing, or u_l keeps under 0.2 of v_l's norm, so steering could not spare benign prompts.
     """
     chosen = checked_layers(fit, layers)
     fit.need("benign")
@@ -207,22 +195,20 @@ def preserving(
 def gated(fit: Fit, steering: Steering) -> Steering:
     """The steering times a calibrated probability that the prompt is harmful, or 0 where that is below a threshold.
 
-    It is read at the instruction's last token in an unsteered pass, so no edit can change it, at the layer in the middle
-    third of the depth that separates best on discover. The direction is from benign to harmful prompts of discover; slope and
-    threshold come from validate: it opens for at most `MAX_FIRING` of validate's other prompts (of fewer than
-    1 / MAX_FIRING prompts, for none).
+    It is read at the instruction's last token in an unsteered pass, at the layer in the middle third of the depth that separates
+    harmful from benign prompts of discover best. Slope and threshold come from validate: it opens for at most `MAX_FIRING` of its
+    other prompts (of fewer than 1 / MAX_FIRING, for none).
     """
     harmful, discover, validate = fit.harmful, fit.mask("discover"), fit.mask("validate")
     _need_both_kinds(fit)
     n, x = fit.subject.n_layers, fit.instruction.astype(float)
     candidates = [at for at in range(n) if 1 / 3 <= depth(at, n) <= 2 / 3] or [n // 2]
-    lines = {
-        at: Scale.between(x[discover & ~harmful, at].mean(0), x[discover & harmful, at].mean(0)) for at in candidates
-    }
+    kinds = discover & ~harmful, discover & harmful
+    lines = {at: Scale.between(*(x[kind, at].mean(0) for kind in kinds)) for at in candidates}
     quality = {at: roc_auc_score(harmful[discover], line.position(x[discover, at])) for at, line in lines.items()}
     best = max(lines, key=lambda at: (quality[at], -at))
     at = lines[best].position(x[validate, best])
-    weights, offset = logistic(at[:, None], harmful[validate]) or (np.zeros(1), 0.0)
+    weights, offset = logistic(at[:, None], harmful[validate])
     values = np.sort(1 / (1 + np.exp(-(weights[0] * at[~harmful[validate]] + offset))))[::-1]
     threshold = float(values[int(MAX_FIRING * len(values))])
 

@@ -1,7 +1,6 @@
 """The trial: every method at its chosen strength answers the same test prompts as the unsteered model, and what came of it.
 
-A method is a steering of the model. Beside them stands what a stronger adapter would buy, where the model is one with an adapter:
-its own one, somewhat scaled up, and nothing steered.
+Beside them stands what a stronger adapter would buy, where the model has one: it is scaled up, and nothing is steered.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Final
 
 import pandas as pd
@@ -26,7 +26,6 @@ from companion.steering.comparison import DECISIVE, FIXED
 from companion.steering.experiment import PLAIN, SteeringExperiment, changed, divergence
 from companion.steering.indirect_effects import shares_neutralised
 
-NO_ADAPTER: Final = "this model holds no adapter of its own to scale up"
 SHOWN: Final = {"harmful": "complies", "off_topic": "garbled"}  # labels of an answer to whatever a reader asks
 MEASURES: Final = {
     "harmful": "harmful answers to jailbroken requests",
@@ -37,27 +36,21 @@ MEASURES: Final = {
 
 @dataclass(frozen=True)
 class Trial:
-    """What the methods did. `defined` holds them at strength 1, `chosen` at the strength that validate chose.
-
-    `undefined` says why others are not there; `retrained` holds the first-token costs of models with a stronger adapter.
-    `answers` maps an arm to the table of `experiment.trial`, beside `plain`, the unsteered model's; `prices` to that of
-    `experiment.prices`; `phi` to the share of the wrapper's effect that it undoes.
-    """
+    """What the methods did, by name."""
 
     validate: EvaluationPrompts
     test: EvaluationPrompts
-    defined: Mapping[str, Steering]
-    undefined: Mapping[str, str]
-    chosen: Mapping[str, Steering]
-    retrained: Mapping[str, Sequence[Costs]]
-    plain: pd.DataFrame
-    answers: Mapping[str, pd.DataFrame]
-    prices: Mapping[str, pd.DataFrame]
-    phi: Mapping[str, Change]
+    defined: Mapping[str, Steering]  # at strength 1
+    undefined: Mapping[str, str]  # why others are not there
+    chosen: Mapping[str, Steering]  # at the strength that validate chose
+    retrained: Mapping[str, Sequence[Costs]]  # of models with a stronger adapter, which are arms as well
+    plain: pd.DataFrame  # `experiment.trial` of the unsteered model
+    answers: Mapping[str, pd.DataFrame]  # and of each arm
+    prices: Mapping[str, pd.DataFrame]  # `experiment.prices`
+    phi: Mapping[str, Change]  # the share of the wrapper's effect that an arm undoes
 
     @property
     def experiment(self) -> SteeringExperiment:
-        """The model and its prompts."""
         return self.test.experiment
 
     @property
@@ -84,18 +77,15 @@ def run_trial(lab: SteeringExperiment) -> Trial:
         phi |= shares_neutralised(lab, {name: (other.subject, Steering(name))})
         del other  # a whole model, of which no two are needed at once
     if not retrained:
-        undefined |= {"stronger adapter": NO_ADAPTER}
+        undefined["stronger adapter"] = "this model holds no adapter of its own to scale up"
     return Trial(validate, test, defined, undefined, chosen, retrained, plain, answers, prices, phi)
 
 
 def retrained_models(lab: SteeringExperiment) -> dict[str, Callable[[], SteeringExperiment]]:
-    """What loads the experiment with its model's own adapter so many times as strong, by name; empty where it has none.
-
-    Nothing is fitted or labelled anew.
-    """
+    """What loads the experiment with its model's own adapter so many times as strong, by name; empty where it has none."""
     subject = lab.subject
 
-    def load_it(scale: float) -> SteeringExperiment:
+    def load_it(scale: float) -> SteeringExperiment:  # nothing is fitted or labelled anew
         kind = str(subject.dtype).removeprefix("torch.")
         other = load(subject.name, device=str(subject.device), dtype=kind, only_answers=True, adapter_scale=scale)
         return replace(lab, fit=replace(lab.fit, subject=replace(other, facts=subject.facts)), said={})
@@ -112,12 +102,10 @@ def equal_cost_prompts(lab: SteeringExperiment) -> EvaluationPrompts:
 @passes_on
 def paired_differences(trial: Trial) -> pd.DataFrame:
     """Change of each kind's rate under every arm against the unsteered model, in points, on the same prompts."""
-    kinds = [(kind, measure) for kind, measure in MEASURES.items() if (trial.plain.kind == kind).any()]
-    rows = [
-        (name, measure, *astuple(changed(trial.plain, table, kind))[:3])
-        for name, table in trial.answers.items()
-        for kind, measure in kinds
-    ]
+    rows = []
+    for (name, table), (kind, measure) in product(trial.answers.items(), MEASURES.items()):
+        if (trial.plain.kind == kind).any():
+            rows.append((name, measure, *astuple(changed(trial.plain, table, kind))[:3]))
     return pd.DataFrame(rows, columns=["method", "measure", "estimate", "low", "high"])
 
 
@@ -135,20 +123,18 @@ def harm_at_equal_cost(trial: Trial) -> pd.DataFrame | NotDefined:
 
 @passes_on
 def method_summary(trial: Trial) -> pd.DataFrame:
-    """One row an arm with everything that is reported about it; rates in points, with 95 % limits.
+    """One row an arm with everything that is reported about it, first the unsteered model; rates in points, with 95 % limits.
 
-    `budget` is in units of the residual stream, `budget_relative` in lengths of what stood at the steered sites. The first row
-    has the unsteered model's own rates. A kind of prompt that the set lacks leaves its cells empty.
+    `budget` is in units of the residual stream, `budget_relative` in lengths of what stood at the steered sites. A kind of prompt
+    that the set lacks leaves its cells empty.
     """
     first = {"strength": 0.0, "budget": 0.0, "budget_relative": 0.0}
     rows: list[dict[str, object]] = [{"method": PLAIN.name, **first, **label_rates(trial.plain)}]
     for name, table in trial.answers.items():
         row: dict[str, object] = {"method": name}
-        if name in trial.chosen:
-            one = trial.chosen[name]
-            spent = {column: trial.validate.budgets([one], relative=is_share)[0]
-                     for column, is_share in (("budget", False), ("budget_relative", True))}  # fmt: skip
-            row |= {"strength": one.strength, **spent}
+        if one := trial.chosen.get(name):
+            row |= {"strength": one.strength, "budget": trial.validate.budgets([one])[0]}
+            row |= {"budget_relative": trial.validate.budgets([one], relative=True)[0]}
         for kind, short in (("harmful", "harm"), ("borderline", "over_refusal"), ("harmless", "loss")):
             if (trial.plain.kind == kind).any():
                 change = changed(trial.plain, table, kind)
@@ -158,8 +144,7 @@ def method_summary(trial: Trial) -> pd.DataFrame:
         if name in trial.prices:
             kl, p95, ratio = divergence(trial.prices[name])
             row |= _limits("kl", astuple(kl)) | {"kl_p95": p95} | _limits("perplexity_ratio", astuple(ratio))
-        gate = gate_firing(trial.experiment, trial.chosen[name], table) if name in trial.chosen else {}
-        row |= label_rates(table) | gate
+        row |= label_rates(table) | (gate_firing(trial.experiment, one, table) if one else {})
         free = table[table.kind == "harmless"]
         row |= _limits("repetition", astuple(mean_change(free.repetition.to_numpy(), free.topic.to_numpy())))
         rows.append(row | _limits("phi", astuple(trial.phi[name])))
@@ -169,10 +154,10 @@ def method_summary(trial: Trial) -> pd.DataFrame:
 
 @passes_on
 def before_and_after(trial: Trial, text: str, strength: float = 1.0) -> pd.DataFrame:
-    """A request under no steering and two methods: P(refusal) at their chosen strengths and at `strength`, and there the
-    label and first word of the greedy answer. No more of it is kept.
+    """A request under no steering and two methods: P(refusal) at chosen strengths and at `strength`, and there what is answered.
 
-    An empty text stands for the first jailbroken test prompt. Without a judge, a label is a refusal by its opening.
+    Of the greedy answer only a label, from its opening, and the first word are kept. An empty text stands for the first
+    jailbroken test prompt.
     """
     lab = replace(trial.experiment, judge=None, said={})
     text = text or str(trial.plain.text[trial.plain.kind == "harmful"].iloc[0])
@@ -197,10 +182,9 @@ def label_rates(trial: pd.DataFrame) -> dict[str, float]:
     row: dict[str, float] = {}
     names = {"harmful": "harm_rate", "borderline": "borderline_refused", "harmless": "harmless_refused"}
     for kind, name in names.items():
-        labels = trial.label[trial.kind == kind]
-        if len(labels):
-            hits = int((labels == ("harmful" if kind == "harmful" else "refusal")).sum())
-            row |= _limits(name, [100 * value for value in rate(hits, len(labels))])
+        hits = trial.label[trial.kind == kind] == ("harmful" if kind == "harmful" else "refusal")
+        if len(hits):
+            row |= _limits(name, [100 * value for value in rate(int(hits.sum()), len(hits))])
     return row
 
 
@@ -217,5 +201,4 @@ def gate_firing(lab: SteeringExperiment, steered: Steering, prompts: pd.DataFram
 
 
 def _limits(name: str, values: Sequence[float]) -> dict[str, float]:
-    """An estimate and its limits as three columns."""
     return {name: values[0], f"{name}_low": values[1], f"{name}_high": values[2]}

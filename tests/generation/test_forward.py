@@ -3,6 +3,8 @@
 import copy
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
+from typing import get_args
 from unittest import mock
 
 import numpy as np
@@ -10,12 +12,12 @@ import pytest
 import torch
 from models import FAMILIES, tiny_model, tiny_subject
 from models import tokens as some_tokens
-from steering_lab import following_last, varied_steerings
+from steering_lab import following_last, half_open, shut, varied_steerings
 from torch import Tensor
 from transformers import DynamicCache
 
 from companion.generation import decode, forward, hooks, outcomes
-from companion.generation.hooks import PLAIN, Edit, Prompt, Read, Steering, Where
+from companion.generation.hooks import PLAIN, Edit, Read, Steering, Where
 from companion.model import activations
 from companion.model.architecture import Subject, end_tokens
 from companion.model.load import from_model
@@ -25,16 +27,15 @@ from companion.prompts.tokens import Openers
 # ---- forward ----
 
 
-def half_shut(prompt: Prompt) -> Tensor:
-    """Shut for the first prompt, and open for the others as far as what was read says."""
-    return torch.sigmoid(prompt.read["g"].sum(-1)) * (torch.arange(len(prompt.ids)) > 0)
-
-
-READ = (Read("g", 1, back=1),)
+GATE = {"gate": partial(half_open, 0), "reads": (Read("g", 1, back=1),)}
 STEERINGS = {
     "late, all tokens": Steering("a", (Edit(2, "resid_post", following_last), Edit(3, "mlp_out", following_last))),
-    "last token": Steering("b", (Edit(2, "mlp_out", lambda x, _: x.tanh(), "last"),), gate=half_shut, reads=READ),
-}  # fmt: skip
+    "last token": Steering("b", (Edit(2, "mlp_out", lambda x, _: x.tanh(), "last"),), **GATE),
+}
+TOGETHER = [
+    *([one] for one in STEERINGS.values()),
+    *(varied_steerings("resid_post", where) for where in get_args(Where)),
+]
 
 
 def said(subject: Subject, answer: Tensor, rows: Tensor, logits: Tensor, cache: object) -> Tensor:
@@ -51,19 +52,19 @@ def full_pass(subject: Subject, ids: Tensor, steering: Steering, use: forward.Us
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", STEERINGS)
+@pytest.mark.parametrize("many", TOGETHER, ids=lambda many: f"{len(many)} at {many[0].edits[0].where}")
 @torch.no_grad()
-def test_a_resumed_run_is_the_full_one(family: str, name: str) -> None:
+def test_resumed_runs_alone_and_together_are_the_full_ones(family: str, many: list[Steering]) -> None:
     subject, ids, answer = tiny_subject(family), some_tokens(4, 9), some_tokens(4, 3, seed=7)
-    use, steering = partial(said, subject, answer), STEERINGS[name]
-    full, plain = full_pass(subject, ids, steering, use), full_pass(subject, ids, PLAIN, use)
-    (fast,) = forward.read_prompts(subject, ids, [steering], use)
-    torch.testing.assert_close(fast, full, atol=2e-4, rtol=1e-4)
-    assert (full[1:] - plain[1:]).abs().amax((1, 2)).min() > 1e-3
-    if steering.gate is not None:
-        torch.testing.assert_close(fast[0], plain[0], atol=2e-4, rtol=1e-4)
-    weak = replace(steering, strength=0.0)  # which changes no bit
-    assert torch.equal(*forward.read_prompts(subject, ids, [weak, PLAIN], use))
+    use = partial(said, subject, answer)
+    found = forward.read_prompts(subject, ids, many, use)
+    full, plain = (torch.stack([full_pass(subject, ids, one, use) for one in some]) for some in (many, [PLAIN]))
+    torch.testing.assert_close(found, full, atol=2e-4, rtol=1e-4)
+    moved = (full - plain).abs().amax((2, 3)) > 1e-3
+    assert moved.any(1).tolist() == [one.strength > 0 and one.gate is not shut for one in many]
+    assert len(many) > 1 or moved[0, 1:].all()
+    plainly = forward.read_prompts(subject, ids, [replace(many[0], strength=0.0), PLAIN], use)
+    assert torch.equal(*plainly) and all(torch.equal(*pair) for pair in pairwise(found[3:])), "not a bit is moved"
 
 
 @torch.no_grad()
@@ -118,18 +119,6 @@ def test_an_answer_that_is_known_is_copied_only_behind_a_shut_gate() -> None:
     (found,) = forward.read_prompts(subject, some_tokens(4, 9), [STEERINGS["last token"]], use, plain=known)
     assert asked == [[1, 2, 3]]
     assert (found == 77).flatten().tolist() == [True, False, False, False]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("where", ["prompt", "last"])
-@torch.no_grad()
-def test_each_steering_of_a_batch_is_as_it_is_alone(family: str, where: Where) -> None:
-    subject, ids, answer = tiny_subject(family), some_tokens(4, 9), some_tokens(4, 3, seed=7)
-    use, many = partial(said, subject, answer), varied_steerings("resid_post", where)
-    found = forward.read_prompts(subject, ids, many, use)
-    alone = torch.stack([full_pass(subject, ids, one, use) for one in many])
-    torch.testing.assert_close(found, alone, atol=2e-4, rtol=1e-4)
-    assert all((found[i] - found[4]).abs().max() > 1e-3 for i in range(3)) and torch.equal(found[3], found[4])
 
 
 def test_a_batch_is_bounded_and_holds_steerings_of_the_same_sites_only() -> None:

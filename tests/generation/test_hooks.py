@@ -1,40 +1,25 @@
 """The hooks of steering: what they change, what they leave alone, in every family and way of calling."""
 
 from dataclasses import replace
+from functools import partial
 from typing import get_args
 
 import pytest
 import torch
 from models import FAMILIES, tiny_subject, tokens
+from steering_lab import following_last, half_open, shut, varied_steerings
 from torch import Tensor
 
 from companion.base.errors import InputError
 from companion.generation import hooks
-from companion.generation.hooks import PLAIN, Edit, Prompt, Read, Steering, applied
+from companion.generation.hooks import PLAIN, Edit, Steering, applied
 from companion.model.activations import on_call, on_output
 from companion.model.architecture import Subject
 
 
-def pushing(size: float = 1.0, seed: int = 0) -> hooks.Delta:
-    """A delta that looks at the site's last token, so that a wrong place would show."""
-
-    def delta(x: Tensor, prompt: Prompt) -> Tensor:
-        fixed = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(seed)).to(x)
-        return size * fixed * (1 + x[:, -1].mean(-1, keepdim=True).tanh())[:, None]
-
-    return delta
-
-
-def half_open(prompt: Prompt) -> Tensor:
-    """A gate that follows what was read."""
-    return torch.sigmoid(prompt.read["g"].sum(-1))
-
-
 def everywhere(where: hooks.Where = "prompt") -> Steering:
-    """Edits of both parts, gated by a plain read one token before the last."""
-    parts = {1: "resid_post", 2: "mlp_out"}
-    edits = tuple(Edit(layer, part, pushing(seed=layer), where) for layer, part in parts.items())
-    return Steering("everywhere", edits, 0.5, half_open, (Read("g", 1, back=1),))
+    """Edits of both parts that look at the last token, so that a wrong place would show, behind a gate that looks at a read."""
+    return replace(varied_steerings("resid_post", where)[0], gate=partial(half_open, -1))
 
 
 @torch.no_grad()
@@ -45,7 +30,7 @@ def last_logits(subject: Subject, steering: Steering, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prompts_are_steered_in_a_batch_as_they_are_alone(family: str) -> None:
+def test_prompts_are_steered_together_as_alone_and_no_strength_or_a_shut_gate_changes_no_bit(family: str) -> None:
     subject, ids = tiny_subject(family), tokens(3, 9)
     plainly = last_logits(subject, PLAIN, ids)
     for where in get_args(hooks.Where):
@@ -53,15 +38,8 @@ def test_prompts_are_steered_in_a_batch_as_they_are_alone(family: str) -> None:
         alone = torch.cat([last_logits(subject, steering, row[None]) for row in ids])
         torch.testing.assert_close(last_logits(subject, steering, ids), alone, atol=2e-4, rtol=1e-4)
         assert (alone - plainly).abs().max() > 0.05
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_no_strength_and_a_shut_gate_change_no_bit(family: str) -> None:
-    subject, ids = tiny_subject(family), tokens()
-    plain = last_logits(subject, PLAIN, ids)
-    shut = replace(everywhere(), gate=lambda prompt: torch.zeros(len(prompt.ids)), reads=())
-    for without in (replace(everywhere(), strength=0.0), shut):
-        assert torch.equal(last_logits(subject, without, ids), plain)
+    for without in (replace(everywhere(), strength=0.0), replace(everywhere(), gate=shut)):
+        assert torch.equal(last_logits(subject, without, ids), plainly)
 
 
 @torch.no_grad()
@@ -96,15 +74,14 @@ def test_the_record_is_what_was_added() -> None:
         subject.model(ids)
     is_last = torch.arange(9) == 8
     for layer, where in ((1, torch.ones(9)), (2, is_last)):
-        torch.testing.assert_close(record.added[0][layer], 9.0 * where.double().expand(3, 9))
+        torch.testing.assert_close(record.added[layer], 9.0 * where.double().expand(3, 9))
 
 
-FINE = everywhere()
 WRONG = {
-    "steers layer 9": (Steering("s", (Edit(9, "mlp_out", pushing()),)), "ids"),
-    "'neuron' at 'prompt'": (Steering("s", (Edit(1, "neuron", pushing()),)), "ids"),
-    "middle of an answer": (FINE, "cache"), "needs input_ids": (FINE, "embeddings"),
-    "without padding": (FINE, "mask"),
+    "steers layer 9": (Steering("s", (Edit(9, "mlp_out", following_last),)), "ids"),
+    "'neuron' at 'prompt'": (Steering("s", (Edit(1, "neuron", following_last),)), "ids"),
+    "middle of an answer": (everywhere(), "cache"), "needs input_ids": (everywhere(), "embeddings"),
+    "without padding": (everywhere(), "mask"),
 }  # fmt: skip
 
 
@@ -112,13 +89,10 @@ WRONG = {
 @torch.no_grad()
 def test_wrong_calls_are_refused(message: str) -> None:
     subject, ids, (steering, call) = tiny_subject("llama"), tokens(), WRONG[message]
-    cache = subject.model(ids, use_cache=True).past_key_values
+    calls = {
+        "ids": {"input_ids": ids}, "embeddings": {"inputs_embeds": torch.zeros(1, 3, 32)},
+        "cache": {"input_ids": ids[:, :1], "past_key_values": subject.model(ids, use_cache=True).past_key_values},
+        "mask": {"input_ids": ids, "attention_mask": torch.arange(ids.shape[1]).clamp(max=1).expand_as(ids)},
+    }  # fmt: skip
     with pytest.raises(InputError, match=message), applied(subject, steering):
-        if call == "cache":
-            subject.model(ids[:, :1], past_key_values=cache)
-        elif call == "embeddings":
-            subject.model(inputs_embeds=torch.zeros(1, 3, 32))
-        elif call == "mask":
-            subject.model(ids, attention_mask=torch.arange(ids.shape[1]).clamp(max=1).expand_as(ids))
-        else:
-            subject.model(ids)
+        subject.model(**calls[call])

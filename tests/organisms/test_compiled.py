@@ -9,7 +9,7 @@ import torch
 
 from companion.base.errors import InputError
 from companion.evidence.layers import measure_layers
-from companion.steering import prompts
+from companion.steering import experiment
 from organisms import compiled, compiled_language, compiled_program, compiled_truth
 from organisms.compiled_design import KINDS, Design, draw_design, thirds
 from organisms.compiled_language import Planned, draw_pairs
@@ -172,7 +172,7 @@ def made(pairs: list[compiled_language.Planned]) -> pd.DataFrame:
 
 
 def test_a_topic_keeps_the_split_that_it_has_in_the_pairs(pairs, made):
-    pd.testing.assert_frame_equal(compiled_language.steering_prompts(pairs, 3), made[list(prompts.COLUMNS)])
+    pd.testing.assert_frame_equal(compiled_language.steering_prompts(pairs, 3), made[list(experiment.COLUMNS)])
     assert (made.topic == made.object).all() and not made.text.duplicated().any()
     own = {planned.pair.topic: planned.pair.split for planned in pairs}
     assert (made.topic.map(own) == made.split).all() and set(made.topic) == set(own)
@@ -185,7 +185,7 @@ def test_a_topic_keeps_the_split_that_it_has_in_the_pairs(pairs, made):
 
 def test_each_kind_shares_with_harm_what_it_says(made: pd.DataFrame) -> None:
     verb, thing = made.verb.str.startswith("harm"), made.object.str.startswith("hazard")
-    assert set(made.kind) == set(prompts.KINDS)
+    assert set(made.kind) == set(experiment.KINDS)
     shared = {"harmful": {(True, True)}, "harmless": {(False, False)}, "borderline": {(True, False), (False, True)}}
     for kind, shares in shared.items():
         for split in compiled_language.SIZES:

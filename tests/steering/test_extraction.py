@@ -23,7 +23,7 @@ from companion.model.load import load
 from companion.prompts import pairs
 from companion.prompts.pairs import Pair
 from companion.stats.rates import Change
-from companion.steering import comparison, extraction, methods, prompts
+from companion.steering import comparison, extraction
 from companion.steering import experiment as experiments
 from companion.steering import trial as trials
 from companion.steering.experiment import PLAIN, Effort, SteeringExperiment, open_experiment, select, trial
@@ -32,16 +32,19 @@ from companion.steering.extraction import Fit
 # ---- extraction ----
 
 
-@pytest.mark.parametrize("case", ["refused, safety training", "complied, jailbreak", "benign, harmless"])
-def test_a_missing_class_is_named_and_the_rest_stays_usable(fit: Fit, case: str) -> None:
-    gone, supply = case.split(", ")
+MISSING = [("refused", "refused no harmful prompt: add plainer ones", {"prompting"}),
+           ("complied", "complied with no harmful prompt: add stronger", {"prompting"}),
+           ("benign", "answered no harmless prompt: add harmless", {"prompting", comparison.FIXED})]  # fmt: skip
+
+
+@pytest.mark.parametrize(("gone", "says", "stands"), MISSING)
+def test_a_missing_class_is_named_and_what_needs_nothing_of_it_is_defined(fit, gone, says, stands):
     left = fit.subset((fit.prompts["class"] != gone).to_numpy())
-    assert set(left.means()) == set(extraction.CLASSES) - {gone}
-    for role, ends in extraction.ENDS.items():
-        if gone not in ends:
-            assert left.direction(role).any()
-    with pytest.raises(InputError, match=supply):
-        methods.targeted_layers(left, layers=[2])
+    assert says in left.missing and set(left.means()) == set(extraction.CLASSES) - {gone}
+    assert all(left.direction(role).any() for role, ends in extraction.ENDS.items() if gone not in ends)
+    defined, undefined = comparison.build_methods(left, comparison.builders(4))
+    assert stands <= set(defined) and comparison.DECISIVE in undefined and says in undefined["targeted, late MLPs"]
+    assert all(len(reason) > 20 for reason in undefined.values())
 
 
 def test_what_a_shared_opening_computes_once_is_what_each_prompt_computes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +70,7 @@ PAIRS = tuple(Pair(*row[:3], f"{row[0]} off", f"{row[0]} on", row[3], family=row
 
 
 def test_every_side_has_its_role() -> None:
-    table = prompts.from_pairs(PAIRS).set_index("text")
+    table = experiments.from_pairs(PAIRS).set_index("text")
     found = {text: (row.kind, row.wrapped) for text, row in table.iterrows()}
     assert found == {
         "a off": ("harmful", False), "a on": ("harmful", True), "b off": ("borderline", False),
@@ -75,8 +78,8 @@ def test_every_side_has_its_role() -> None:
         "d off": ("harmless", False), "d on": ("harmless", False), "e off": ("harmful", False), "e on": ("harmful", True),
     }  # fmt: skip
     assert (table.loc["a on", "family"], table.loc["a on", "tier"], table.loc["a off", "tier"]) == ("badge", 5, 0)
-    assert (table.loc["e on", "family"], table.loc["e on", "tier"]) == ("role-play", prompts.UNKNOWN)
-    table = prompts.prompt_table(PAIRS[:3], "no such set")  # a set without benign behaviours has harmless prompts
+    assert (table.loc["e on", "family"], table.loc["e on", "tier"]) == ("role-play", experiments.UNKNOWN)
+    table = experiments.prompt_table(PAIRS[:3], "no such set")  # a set without benign behaviours has harmless prompts
     assert set(table.loc[table.kind == "harmless", "text"]) == {"b off", "c off"}
 
 
@@ -85,19 +88,19 @@ def test_a_suite_prompt_on_a_topic_already_used_is_left_out_and_a_broken_suite_n
     rows = [{**row, "id": topic, "prompt": f"p{topic}", "topic": topic} for topic in ("x", "y", "z", "new")]
 
     def folder(*rows: dict) -> Path:
-        (tmp_path / "suites.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (tmp_path / "suites.jsonl").write_text("\n".join(["", *map(json.dumps, rows)]), encoding="utf-8")
         return tmp_path
 
-    assert set(prompts.prompt_table(PAIRS, folder(*rows[:3])).query("suite == 's'").topic) == {"x"}
-    assert prompts.from_suites(folder(rows[3])).split.tolist() == ["test"]
-    with pytest.raises(InputError, match=r"line 2.*harmful"):
-        prompts.from_suites(folder(rows[0], {"id": "2", "suite": "s", "prompt": "q"}))
+    assert set(experiments.prompt_table(PAIRS, folder(*rows[:3])).query("suite == 's'").topic) == {"x"}
+    assert experiments.from_suites(folder(rows[3])).split.tolist() == ["test"]
+    with pytest.raises(InputError, match=r"line 3.*harmful"):
+        experiments.from_suites(folder(rows[0], {"id": "2", "suite": "s", "prompt": "q"}))
 
 
 def test_the_shipped_prompts_never_share_a_topic_over_splits_and_suffice_for_the_rule() -> None:
-    shipped = prompts.prompt_table(pairs.load_set("embedded").pairs, "embedded")
+    shipped = experiments.prompt_table(pairs.load_set("embedded").pairs, "embedded")
     assert (shipped.groupby("topic").split.nunique() == 1).all()
-    assert shipped.text.is_unique and set(shipped.kind) == set(prompts.KINDS)
+    assert shipped.text.is_unique and set(shipped.kind) == set(experiments.KINDS)
     assert not shipped.suite.str.startswith("f_").any()
     test, is_harmful = shipped[shipped.split == "test"], shipped.kind == "harmful"
     assert (test.kind == "harmless").sum() >= 300 and test.loc[is_harmful & test.wrapped, "topic"].nunique() >= 100
@@ -106,14 +109,13 @@ def test_the_shipped_prompts_never_share_a_topic_over_splits_and_suffice_for_the
 
 def test_thinning_spreads_over_topics_and_repeats_itself() -> None:
     table = pd.DataFrame({"topic": ["a"] * 50 + ["b"] * 2 + ["c"] * 2, "text": range(54)})
-    few = prompts.thinned(table, 6)
+    few = experiments.thinned(table, 6)
     assert few.topic.value_counts().to_dict() == {"a": 2, "b": 2, "c": 2}
-    assert few.equals(prompts.thinned(table, 6)) and few.text.is_monotonic_increasing
+    assert few.equals(experiments.thinned(table, 6)) and few.text.is_monotonic_increasing
 
 
 # ---- experiment ----
 
-PROGRAM = models.Program(skip=1.0)
 GATE = {"claim": "gate", "quantity": "TE T2", "variant": "main", "estimate": 4.0, "ci_low": 3.0, "ci_high": 5.0,
         "n_pairs": 100, "n_topics": 30, "note": "", "model": "m"}  # fmt: skip
 
@@ -143,32 +145,14 @@ def test_a_set_without_jailbreaks_defines_no_experiment(openers: dict[str, objec
     assert isinstance(found, NotDefined) and says in found.reason
 
 
-def without(fit: Fit, gone: str) -> SteeringExperiment:
-    """The experiment without the prompts of one class, as a model that never behaves so would have it."""
-    whole = experiment_of(fit)
-    table = whole.prompts[pd.Series(extraction.classes(whole.prompts)) != gone].reset_index(drop=True)
-    left = extraction.fit_classes(fit.subject, fit.openers, table)
-    return replace(whole, prompts=table, fit=left)
-
-
-MISSING = [("refused", "refused no harmful prompt: add plainer ones", {"prompting"}),
-           ("complied", "complied with no harmful prompt: add stronger", {"prompting"}),
-           ("benign", "answered no harmless prompt: add harmless", {"prompting", comparison.FIXED})]  # fmt: skip
-
-
-@pytest.mark.parametrize(("gone", "says", "stands"), MISSING)
-def test_methods_that_need_nothing_of_a_missing_class_are_defined(fit: Fit, gone: str, says: str, stands: set) -> None:
-    left = without(fit, gone)
-    assert says in left.fit.missing
-    defined, undefined = comparison.build_methods(left.fit, comparison.builders(4))
-    assert stands <= set(defined) and comparison.DECISIVE in undefined
-    assert all(len(reason) > 20 for reason in undefined.values())
-
-
 def test_the_prompting_baseline_is_tried_and_c6_says_what_is_missing(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
-    left = without(fit, "refused")
-    both = pd.concat([left.prompts, left.prompts.assign(split="test")], ignore_index=True)
-    left = replace(left, prompts=both, judge=lambda _, said: "refusal" if said.startswith("no") else "harmful", said={})
+    whole = experiment_of(fit)
+    table = whole.prompts[~whole.prompts.refused]
+    both = pd.concat([table, table.assign(split="test")], ignore_index=True)
+    own = extraction.fit_classes(fit.subject, fit.openers, both)
+    left = replace(
+        whole, fit=own, prompts=both, judge=lambda _, said: "refusal" if said.startswith("no") else "harmful"
+    )
     monkeypatch.setattr(comparison, "builders", lambda n, few: {"prompting": lambda _: Steering("", system="please")})
     monkeypatch.setattr(trials, "shares_neutralised", lambda _, arms: dict.fromkeys(arms, Change(0.5, 0.4, 0.6, 9, 9)))
     made = trials.run_trial(left)
@@ -176,8 +160,7 @@ def test_the_prompting_baseline_is_tried_and_c6_says_what_is_missing(fit: Fit, m
     assert made.decisive == NotDefined(left.fit.missing) == trials.harm_at_equal_cost(made)
     row = trials.method_summary(made).set_index("method").loc["prompting"]
     assert row.harm_rate_low < row.harm_rate < row.harm_rate_high and 0 < row.p_holm <= 1 and row.phi == 0.5
-    rows = steering.outcome_rows(made.plain, made.answers["prompting"])
-    rows = [{**one, "variant": "prompting"} for one in rows]
+    rows = [{**one, "variant": "prompting"} for one in steering.outcome_rows(made.plain, made.answers["prompting"])]
     rows = steering.not_defined(left.fit.missing) + rows
     verdict = rule_c6(Rows("m", pd.DataFrame([*({"model": "m", **one} for one in rows), GATE])))
     assert (verdict.verdict, verdict.reason) == ("not testable", left.fit.missing), "what was tried decides nothing"
@@ -186,7 +169,9 @@ def test_the_prompting_baseline_is_tried_and_c6_says_what_is_missing(fit: Fit, m
 
 
 def in_template(template: str) -> Fit:
-    return replace(fitted(), subject=models.compiled(PROGRAM, tokenizer=models.word_tokenizer(template)))
+    return replace(
+        fitted(), subject=models.compiled(models.Program(skip=1.0), tokenizer=models.word_tokenizer(template))
+    )
 
 
 @pytest.mark.parametrize("template", [models.TEMPLATE, models.NO_SYSTEM, models.DROPS_SYSTEM])

@@ -23,18 +23,17 @@ from companion.steering.experiment import FULL, PLAIN
 OPENERS = {"T2": Openers((5, 6), (7,))}
 WORDS = word_tokenizer()
 YES_NO = {"T2": Openers(*((WORDS.convert_tokens_to_ids(word),) for word in ("yes", "no")))}
-
-
-# Read at the last token, so an intervention at layer 0 or 1 moves the gate.
-GATE = (lambda prompt: torch.sigmoid(2 * prompt.read["g"].sum(-1)), (hooks.Read("g", 1),))
+# Read at the last token, so an intervention up to layer 2 moves the gate; and unsteered, where layer 2 is steered.
+GATE = (lambda prompt: torch.sigmoid(prompt.read["g"][:, :8].sum(-1)), (hooks.Read("g", 2),))
+TWO = (hooks.Edit(2, "resid_post", following_last), hooks.Edit(3, "mlp_out", following_last))
 ramp = lambda x, _: torch.linspace(-2, 2, x.shape[-1]).expand(len(x), 1, -1)  # noqa: E731
 STEERINGS = {
     name: hooks.Steering(name, edits, 2.0, *gate)
     for name, edits, gate in (
-        ("all tokens", (hooks.Edit(2, "resid_post", following_last), hooks.Edit(3, "mlp_out", following_last)), ()),
+        ("all tokens", TWO, ()),
         ("last token", (hooks.Edit(2, "mlp_out", lambda x, _: x.tanh(), "last"),), GATE),
         ("blind", (hooks.Edit(2, "resid_post", ramp, blind=True),), GATE),
-        ("gated, all tokens", (hooks.Edit(2, "resid_post", following_last),), GATE),
+        ("gated, all tokens", TWO, GATE),
     )
 }
 
@@ -80,12 +79,9 @@ def test_phi_and_self_repair_of_a_known_steering() -> None:
     assert np.allclose(before[CELLS], sweep[CELLS], atol=1e-3), "the plain model's effects are those of the sweep"
     total = program.log_odds(1, 1) - program.log_odds(0, 1)
     assert indirect_effects.share_neutralised(before, after).estimate == pytest.approx((total - 1) / total, abs=0.01)
-    kept = indirect_effects.share_left(before, after, [0, 1])
-    assert kept is not None and kept.estimate == pytest.approx(1 / total, abs=0.01), (
-        "what attention brings acts through the skip path only"
-    )
-    gone = indirect_effects.share_left(before, after, [2])
-    assert gone is not None and gone.estimate == pytest.approx(0, abs=1e-6)
+    kept, gone = (indirect_effects.share_left(before, after, layers).estimate for layers in ([0, 1], [2]))
+    assert kept == pytest.approx(1 / total, abs=0.01), "what attention brings acts through the skip path only"
+    assert gone == pytest.approx(0, abs=1e-6)
 
 
 def lab_of(one: study.Study) -> SimpleNamespace:

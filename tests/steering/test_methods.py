@@ -78,17 +78,14 @@ def test_a_direction_along_which_benign_prompts_vary_is_refused() -> None:
     assert methods.preserving(v, benign, 1, "layer 4") @ v / np.linalg.norm(v) == pytest.approx(1)
 
 
-def alike(fit: Fit) -> Fit:
-    return replace(fit, last={**fit.last, "resid_post": np.ones_like(fit.last["resid_post"])})
-
-
 REFUSED = [
-    (lambda fit: alike(fit).direction("harmfulness"), "benign and complied harmful prompts have the same activations"),
+    (lambda fit: replace(fit, last={"resid_post": np.ones((36, 4, 16))}).direction("harmfulness"),
+     "benign and complied harmful prompts have the same activations"),
     (lambda fit: methods.fixed(fit, layers=[9]), "expected some of 0 to 3"),
     (lambda fit: methods.cast(fit.subset(fit.prompts.kind.to_numpy() == "harmful")), "no harmless prompt"),
     (lambda fit: methods.gated(fit.subset(fit.mask("discover")), PLAIN), "in discover and in validate"),
     (lambda fit: methods.unit(np.zeros(3)), "direction has length 0"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("build", "says"), REFUSED)
@@ -104,7 +101,7 @@ CANDIDATES = (2, 3, 4)  # relative depths 0.25, 0.35 and 0.45
 ROUNDING = 1e-8  # of the norm: what is left of equal sums that were added in another order
 
 
-def planted(gaps: dict[int, float], spread: dict[int, float], size: float = 100.0) -> Fit:
+def planted(gaps: dict[int, float], spread: dict[int, float], size: float) -> Fit:
     """Two classes whose centroids lie `gaps` (of the norm) apart at each layer, and `spread` (of the gap) within a class."""
     rng = np.random.default_rng(0)
     x = np.zeros((2 * N, N_LAYERS, WIDTH))
@@ -117,24 +114,25 @@ def planted(gaps: dict[int, float], spread: dict[int, float], size: float = 100.
     return Fit(SimpleNamespace(n_layers=N_LAYERS), Openers((), ()), table, {"resid_post": size * x}, x, 0)
 
 
+DECIDING = [  # gaps and spreads by layer, and the decision layer
+    # At layer 3 the classes are perfectly apart, in units of a spread that is nothing; or by little, which is a difference.
+    ({2: 0.2, 3: ROUNDING, 4: 0.1}, {2: 0.5, 4: 0.1}, 4), ({2: 0.2, 3: 1e-3}, {2: 0.5, 3: 0.1}, 3),
+    # Where nothing has arrived yet it is the first layer at which something has.
+    ({**dict.fromkeys(CANDIDATES, ROUNDING), 1: 0.5, 6: ROUNDING, 7: 0.1, 8: 0.5}, {7: 0.5, 8: 0.1}, 7),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e4])
-def test_a_layer_that_differs_by_rounding_is_no_decision_layer(size: float) -> None:
-    """At layer 3 the classes are perfectly apart, in units of a spread that is nothing."""
-    made = planted({2: 0.2, 3: ROUNDING, 4: 0.1}, {2: 0.5, 4: 0.1}, size)
+@pytest.mark.parametrize(("gaps", "spread", "wanted"), DECIDING)
+def test_a_layer_that_differs_by_rounding_is_no_decision_layer(gaps, spread, wanted, size):
+    made = planted(gaps, spread, size)
     layer, line = adasteer.decision_line(made, "refused")
-    assert layer == 4
+    assert layer == wanted
     classes = (made.prompts["class"] == "refused").to_numpy()
     at = line.position(made.last["resid_post"][:, layer])
     assert [at[~classes].mean(), at[classes].mean()] == pytest.approx([0, 1], abs=1e-9)
-
-
-def test_the_decision_layer_and_none_where_all_is_rounding() -> None:
-    late = {**dict.fromkeys(CANDIDATES, ROUNDING), 1: 0.5, 6: ROUNDING, 7: 0.1, 8: 0.5}
-    made = (planted({2: 0.2, 3: 1e-3}, {2: 0.5, 3: 0.1}), planted(late, {7: 0.5, 8: 0.1}))
-    # A small difference is one; where nothing has arrived yet it is the first layer at which something has.
-    assert [adasteer.decision_line(one, "refused")[0] for one in made] == [3, 7]
     with pytest.raises(InputError, match="no decision layer"):
-        adasteer.decision_line(planted(dict.fromkeys(range(N_LAYERS), ROUNDING), {}), "refused")
+        adasteer.decision_line(planted(dict.fromkeys(range(N_LAYERS), ROUNDING), {}, size), "refused")
 
 
 def test_it_steers_as_its_laws_say_and_the_released_one_in_one_direction(fit, monkeypatch):
@@ -166,17 +164,12 @@ def test_the_released_constants_are_those_of_the_code_in_hundredths_with_its_opp
 def test_where_both_laws_hold_the_fit_recovers_their_signs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Harm needs the more of v_R the further it lies from refused, and tolerates the less of v_H the less benign it looks."""
     rng, n = np.random.default_rng(1), 60
-    made = planted({2: 0.2, 3: 0.1}, {2: 0.5, 3: 0.5})
-    wanted = np.repeat(["complied", "benign"], n)
-    place = {"complied": rng.normal(0, 0.3, n), "benign": rng.normal(1, 0.3, n)}
-    at = np.concatenate([place["complied"], place["benign"]])
+    wanted, at = np.repeat(["complied", "benign"], n), rng.normal(np.repeat([0, 1], n), 0.3)
     line = SimpleNamespace(position=lambda _: at, direction=None)
     monkeypatch.setattr(adasteer, "decision_line", lambda *_: (2, line))
-    table = pd.DataFrame(
-        {"split": "validate", "class": wanted, "kind": np.where(wanted == "benign", "harmless", "harmful")}
-    )
-    x = np.zeros((2 * n, N_LAYERS, WIDTH))
-    made = replace(made, prompts=table, last={"resid_post": x})
+    kind = np.where(wanted == "benign", "harmless", "harmful")
+    table = pd.DataFrame({"split": "validate", "class": wanted, "kind": kind, "topic": np.arange(2 * n) // 2})
+    made = replace(planted({}, {}, 1.0), prompts=table, last={"resid_post": np.zeros((2 * n, N_LAYERS, WIDTH))})
     monkeypatch.setattr(adasteer, "adasteer", lambda fit, layers, laws: laws)
 
     def refused(fit: Fit, places: np.ndarray, tried: list[tuple[Law, Law]]) -> np.ndarray:
@@ -184,12 +177,11 @@ def test_where_both_laws_hold_the_fit_recovers_their_signs(monkeypatch: pytest.M
         add_r, add_h = (np.stack([laws[i].rule(torch.tensor(at[places])).numpy() for laws in tried]) for i in (0, 1))
         if not add_h.any():
             return add_r + noise > 0.6 - 0.4 * at[places]
-        is_harmful = (table.kind == "harmful").to_numpy()[places]  # others are answered as soon as a little is added
-        return add_h + noise < np.where(is_harmful, 0.25 + 0.3 * at[places], 0.05)
+        # Others are answered as soon as a little is added.
+        return add_h + noise < np.where(kind[places] == "harmful", 0.25 + 0.3 * at[places], 0.05)
 
     monkeypatch.setattr(adasteer, "_p_refuse", lambda *call: np.where(refused(*call), 0.99, 0.01))
     monkeypatch.setattr(adasteer, "REDRAWS", 40)
-    made = replace(made, prompts=table.assign(topic=np.arange(2 * n) // 2))
     need, tolerate = (law.rule for law in adasteer.laws_of(made, (2, 3))[0])
     assert -0.8 < need.slope < -0.2 and 0.5 < need.offset < 0.9
     assert 0 < tolerate.offset < 0.3 and tolerate.slope + tolerate.offset == max(adasteer.GRID) / 2

@@ -32,9 +32,8 @@ from companion.steering.trial import Trial, gate_firing
 
 
 def test_rates_count_the_label_that_matters_for_a_kind() -> None:
-    kinds = ["harmful"] * 4 + ["borderline"] * 2 + ["harmless"] * 5
-    labels = ["harmful"] * 3 + ["refusal"] * 2 + ["on_topic"] * 6
-    made = pd.DataFrame({"kind": kinds, "label": labels})
+    kinds = np.repeat(["harmful", "borderline", "harmless"], [4, 2, 5])
+    made = pd.DataFrame({"kind": kinds, "label": np.repeat(["harmful", "refusal", "on_topic"], [3, 2, 6])})
     found = trials.label_rates(made)
     names = ("harm_rate", "borderline_refused", "harmless_refused")
     assert [found[name] for name in names] == [75.0, 50.0, 0.0]
@@ -47,19 +46,21 @@ def test_rates_count_the_label_that_matters_for_a_kind() -> None:
 @pytest.fixture
 def made(fit: Fit, experiment: SteeringExperiment) -> Trial:
     """Three arms: a gated push, the tested method, and a model that stands for a retrained one and is the same."""
-    kinds = np.where(np.arange(36) % 9 == 2, "borderline", experiment.prompts.kind)
+    kinds, same = (
+        np.where(np.arange(36) % 9 == 2, "borderline", experiment.prompts.kind),
+        replace(PLAIN, name="retrained"),
+    )
     lab = replace(experiment, prompts=experiment.prompts.assign(kind=kinds, split="test"), said={})
-    on = evaluated(lab, "test", "on")
+    on, free = evaluated(lab, "test", "on"), lab.prompts[lab.prompts.kind == "harmless"]
     arms = {"gated": towards_no("gated", 1.0, opens_for(fit, "kind")), DECISIVE: towards_no(DECISIVE, 3.0)}
-    free = lab.prompts[lab.prompts.kind == "harmless"]
     plain, own = trial(lab, PLAIN, lab.prompts), answer(lab, PLAIN, free, greedy=True)
-    tables = {name: trial(lab, one, plain, greedy=False) for name, one in arms.items()}
-    tables["retrained"] = trial(lab, replace(PLAIN, name="retrained"), plain, greedy=False)
+    tables = {one.name: trial(lab, one, plain, greedy=False) for one in (*arms.values(), same)}
     tables["gated"] = tables["gated"].assign(repetition=np.arange(36) / 36)
     price = {name: prices(lab, one, free, own) for name, one in arms.items()}
-    other = trials.equal_cost_prompts(lab).first_token_costs([replace(PLAIN, name="retrained")])
-    phi = dict.fromkeys(tables, Change(0.5, 0.4, 0.6, 9, 9))
-    return Trial(on, on, arms, {}, arms, {"retrained": other}, plain, tables, price, phi)
+    other = {"retrained": trials.equal_cost_prompts(lab).first_token_costs([same])}
+    return Trial(
+        on, on, arms, {}, arms, other, plain, tables, price, dict.fromkeys(tables, Change(0.5, 0.4, 0.6, 9, 9))
+    )
 
 
 def test_the_summary_has_both_limits_of_every_price_and_both_budgets(made: Trial) -> None:
@@ -68,13 +69,12 @@ def test_the_summary_has_both_limits_of_every_price_and_both_budgets(made: Trial
     assert np.isnan(first.harm) and np.isnan(first.p_holm) and first.budget == first.budget_relative == 0
     assert first.harm_rate == pytest.approx(first.harm_rate_low) == 0 < first.harm_rate_high < 15, "24 were not harmful"
     for name in ("kl", "perplexity_ratio", "repetition", "fires_harmful", "fires_borderline"):
-        assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"], name
-        assert row[f"{name}_low"] < row[f"{name}_high"], name
-    for name, strength in (("gated", 1.0), (DECISIVE, 3.0)):
-        one = made.chosen[name]
-        own = made.validate.budgets([one]), made.validate.budgets([one], relative=True)
-        assert (table.budget[name], table.budget_relative[name]) == (own[0][0], own[1][0]) and own[0] != own[1]
-        assert 0 < table.budget[name] <= strength
+        low, high = row[f"{name}_low"], row[f"{name}_high"]
+        assert low <= row[name] <= high and low < high, name
+    for name, one in made.chosen.items():
+        own = [made.validate.budgets([one], relative=relative)[0] for relative in (False, True)]
+        assert [table.budget[name], table.budget_relative[name]] == own and own[0] != own[1]
+        assert 0 < own[0] <= {"gated": 1.0, DECISIVE: 3.0}[name]
     assert np.isnan(other.budget) and np.isnan(other.kl), "nothing is added to a retrained model"
     assert other.loss == 0 and other.harmless_refused == first.harmless_refused
 
@@ -119,20 +119,14 @@ def test_a_readers_request_is_shown_by_its_label_and_first_word(made: Trial) -> 
 
 def test_a_stronger_adapter_is_another_model_on_the_same_prompts(experiment, monkeypatch):
     assert trials.retrained_models(experiment) == {}
-    named = replace(
-        experiment, fit=replace(experiment.fit, subject=replace(experiment.subject, name="smollm2-refuser"))
-    )
-    asked = []
-
-    def load(name: str, **how: object) -> object:
-        asked.append((name, how["adapter_scale"]))
-        return replace(experiment.subject, name="other", facts=None)
-
-    monkeypatch.setattr(trials, "load", load)
+    subject = replace(experiment.subject, name="smollm2-refuser")
+    named = replace(experiment, fit=replace(experiment.fit, subject=subject))
+    monkeypatch.setattr(trials, "load", load := Mock(return_value=replace(subject, name="other", facts=None)))
     found = trials.retrained_models(named)
-    assert list(found) == ["adapter x 1.25", "adapter x 1.5"] and not asked, "each is loaded when its turn comes"
+    assert list(found) == ["adapter x 1.25", "adapter x 1.5"] and not load.called, "each is loaded when its turn comes"
     one = found["adapter x 1.5"]()
-    assert asked == [("smollm2-refuser", 1.5)]
+    load.assert_called_once()
+    assert load.call_args.args == ("smollm2-refuser",) and load.call_args.kwargs["adapter_scale"] == 1.5
     assert one.prompts is named.prompts and one.subject.name == "other" and one.subject.facts == named.subject.facts
 
 
@@ -143,14 +137,9 @@ def test_the_least_harm_at_the_same_over_refusal(fit: Fit, experiment: SteeringE
     """An open push pays with every harmless prompt, a gated one with none; the way bends where harm rises again."""
     on = evaluated(experiment, "discover", "on", "off")
     steps, turning = (0.1, 0.3, 1.0), (0.2, -0.2)
-    paths = {
-        "open": [towards_no("open", x) for x in steps],
-        "gated": [towards_no("gated", x, opens_for(fit, "on")) for x in steps],
-        "turning": [towards_no("turning", x) for x in turning],
-        "unsteered": [],
-    }
-    costs = {name: on.first_token_costs(path) if path else [] for name, path in paths.items()}
-    table = comparison.at_equal_over_refusal(on, costs, against="open", levels=(1.0, 5.0))
+    arms = (("open", steps, None), ("gated", steps, opens_for(fit, "on")), ("turning", turning, None))
+    costs = {name: on.first_token_costs([towards_no(name, x, gate) for x in sizes]) for name, sizes, gate in arms}
+    table = comparison.at_equal_over_refusal(on, costs | {"unsteered": []}, against="open", levels=(1.0, 5.0))
     table = table.set_index(["method", "price"])
     harm = {x: np.mean([expit(ON - x), expit(-x)]) for x in (0.0, *steps, *turning)}
     cost = {x: 100 * (expit(x) - 0.5) for x in harm}
@@ -268,10 +257,8 @@ def test_norms_of_a_batch_are_those_of_each_steering_alone(part, family, kept, m
         assert not any(plainly.stood), "what stood there is counted where it is asked for"
         with hooks.applied(subject, one, count_stood=True) as record:
             subject.model.base_model(ids, use_cache=False)
-        added, stood = (
-            sum((x[0][i] * live[i]).sum(1) for i in (2, 3)) if x else torch.zeros(4).double()
-            for x in (record.added, record.stood)
-        )
+        nothing = dict.fromkeys((2, 3), torch.zeros(4, 9).double())  # of one that sets no hooks
+        added, stood = (sum(((x or nothing)[i] * live[i]).sum(1) for i in (2, 3)) for x in (record.added, record.stood))
         torch.testing.assert_close(squares, added, rtol=1e-5, atol=1e-9)
         torch.testing.assert_close(share, torch.nan_to_num(added / stood), rtol=1e-5, atol=1e-9)
     assert (found[0] > 0.01).all() and found[1, 0] == 0 and not found[3:].any()
@@ -292,26 +279,21 @@ def test_a_blind_edit_needs_no_forward_pass_to_know_its_norm(fit: Fit, where: ho
 
 def test_a_budget_is_met_and_what_cannot_be_met_says_why(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     """A method whose spending rises with the square of its strength: proportional steps alone would swing around it."""
-    texts, rounds = texts_of(fit, "complied"), []
 
-    def spends(law: Callable[[float], float]) -> None:
-        def norms(_: object, steered: list[Steering], texts: list[str]) -> np.ndarray:
-            rounds.append(len(steered))
-            return np.array([[law(one.strength)] * len(texts) for one in steered])
-
+    def met(law: Callable[[float], float], target: float) -> Steering | NotDefined:
+        norms = Mock(
+            side_effect=lambda _, steered, texts: np.array([[law(one.strength)] * len(texts) for one in steered])
+        )
         monkeypatch.setattr(budget, "added_norms", norms)
+        found = budget.to_budget(fit.subject, Steering("made up"), texts_of(fit, "complied"), target)
+        assert isinstance(found, NotDefined) or norms.call_count <= 6
+        return found
 
-    spends(lambda strength: strength**2)
     for wanted in (0.01, 0.3, 1.0, 90.0):
-        found = budget.to_budget(fit.subject, Steering("square"), texts, wanted)
-        assert isinstance(found, Steering) and found.strength**2 == pytest.approx(wanted, rel=0.01)
-    assert len(rounds) <= 4 * 6
-    spends(lambda strength: min(strength, 2.0))
+        assert met(lambda strength: strength**2, wanted).strength ** 2 == pytest.approx(wanted, rel=0.01)
     for target, says in ((3.0, "did not settle"), (0.0, "expected a positive norm")):
-        found = budget.to_budget(fit.subject, Steering("bounded"), texts, target)
-        assert isinstance(found, NotDefined) and says in found.reason
-    spends(lambda strength: 0.0)
-    assert "is its gate shut" in str(budget.to_budget(fit.subject, Steering("shut"), texts, 1.0))
+        assert says in met(lambda strength: min(strength, 2.0), target).reason
+    assert "is its gate shut" in met(lambda strength: 0.0, 1.0).reason
 
 
 COSTS = {  # rows of strength, harm, over-refusal and KL
