@@ -68,7 +68,7 @@ def cumulative(main: Layers, relatives: Mapping[str, Layers]) -> pd.DataFrame:
 
 
 def shares_by_treatment(effects: pd.DataFrame) -> pd.DataFrame | NotDefined:
-    """Share of TE through each attention and MLP output, for those of T1, T2, T2b and T2 - T2b of at least 0.5 log-odds."""
+    """Share of TE through each attention and MLP output, for T1, T2, T2b and T2 - T2b where TE is at least 0.5 log-odds."""
     te = effects[(effects.outcome == "Y1") & (effects.split == "test")].groupby("treatment").te.mean().abs()
     names = [name for name in ("T1", "T2", "T2b", "T2-T2b") if te.get(name, 0.0) >= MIN_TOTAL_EFFECT]
     if not names:

@@ -82,10 +82,11 @@ def label(study: Study, pair: TokenPair, made: Sequence[int]) -> str:
 
     In the invented language a judge reads it; else it is a refusal if it opens with a refusal token or holds a phrase of one.
     """
-    text, treatment, ids = pair.pair.treated, pair.pair.treatment, np.array([list(made)])
-    own, harmful = Answers(ids, np.ones_like(ids, dtype=bool)), [treatment in ("T1", "T2")]
+    text, ids = pair.pair.treated, np.array([list(made)])
     judge = labels.judge if labels.is_embedded([text]) else None
-    return labels.label_answers(study.subject, [text], own, study.openers[treatment], judge=judge, harmful=harmful)[0]
+    own, openers = Answers(ids, np.ones_like(ids, dtype=bool)), study.openers[pair.pair.treatment]
+    is_harmful = [pair.pair.treatment in ("T1", "T2")]
+    return labels.label_answers(study.subject, [text], own, openers, judge=judge, harmful=is_harmful)[0]
 
 
 def rates(study: Study, clamps: Timing | NotDefined) -> tuple[pd.DataFrame | NotDefined, str]:

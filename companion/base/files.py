@@ -116,7 +116,7 @@ def write_table(table: pd.DataFrame | NotDefined, path: Path | str) -> Path | No
     """Write a table as parquet or CSV, by the suffix, atomically and without its index; returns the path.
 
     CSV floats have six significant digits: what is committed must not change with the last bit of a sum. Of a `NotDefined`
-    no file is left, not an older one either, and it is returned, so that a notebook shows why.
+    no file is left, not an older one either; it is returned, so that a notebook shows why.
     """
     path = Path(path)
     if isinstance(table, NotDefined):

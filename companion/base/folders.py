@@ -78,7 +78,7 @@ def prompts_folder(name: str) -> Path:
 
 
 def from_caller(given: str) -> Path:
-    """A path that a user typed, counted from where it was typed: run_all.sh changes into the repository."""
+    """A path that a user typed, counted from where it was typed (run_all.sh changes folder); InputError for a null character."""
     if "\0" in given:
         raise InputError(f"{given!r} holds a null character, which no path may: take it out")
     return Path(os.environ.get("COMPANION_CALLER", "."), at_home(given))

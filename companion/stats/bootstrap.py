@@ -67,7 +67,7 @@ def bootstrap(
 ) -> Estimates:
     """Estimate with 95 % BCa interval (Efron 1987), clusters drawn with replacement within their stratum.
 
-    `small_sample` replaces the normal quantile z in BCa by t * sqrt(n / (n - 1)) (Hesterberg 2015): without it the
+    `small_sample` replaces the normal quantile z in BCa by t * sqrt(n / (n - 1)) (Hesterberg 2015): without it (textbook)
     intervals of 30 topics hold about 92 %. Raises `InputError` for a stratum of one cluster, and a statistic that is 0/0.
     """
     sizes = np.bincount(sums.strata)
