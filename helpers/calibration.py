@@ -1,7 +1,6 @@
 """Built models, whose weights were written by hand, and how often the method is wrong about them.
 
 `built_model` gives one with what is true of it; the others read stored draws: many such models, measured and judged.
-`read_shipped` gives a stored table, of which `agreement` and `trained_places` make one to look at.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from companion.claims.page import NAMES
 __all__ = ["agreement", "built_model", "draws", "error_rates", "found_deciders", "grades", "held_out", "interval_coverage",
            "power", "read_shipped", "support_curve", "trained_places"]  # fmt: skip
 
-
 EFFECTS = {"direct": plants.MEANING["direct"], "total": plants.MEANING["total"], "computed": "computed (notebook 02)"}
 
 
@@ -39,9 +37,6 @@ def draws(rules: str = "answering") -> pd.DataFrame:
     """Stored draws in which a rule could be asked: one row a built model and claim, with its truth and the verdict.
 
     "answering": each claim by the rule that answers today, the corrected one where there is one. "registered": by the first.
-
-    >>> len(draws()[["kind", "seed"]].drop_duplicates()) > 500
-    True
     """
     table = rates.testable(rates.main_draws())
     if rules == "answering":
@@ -72,20 +67,16 @@ def error_rates(table: pd.DataFrame) -> pd.DataFrame:
     `upper` is the exact one-sided 95 % bound, which a target is held against. Rates of no draw are left out.
     """
     found = rates.error_rates(table).query("n > 0 and error != 'power to contradict'")
-    return found.assign(claim=[_in_words(claim) for claim in found.claim]).drop(columns="lower")
+    return found.assign(claim=found.claim.map(_in_words)).drop(columns="lower")
 
 
 def _in_words(claim: str) -> str:
-    """A claim's name with a few words behind it."""
     plain = claim.removesuffix(ledger.CORRECTED)
     return f"{plain} {NAMES.get(plain, '')}".strip()
 
 
 def grades(table: pd.DataFrame) -> pd.DataFrame:
-    """What "supported" and "contradicted" of each claim are worth, by the rule of the library.
-
-    A row is a claim; an entry is "strong", "weak", "cannot tell" or "not calibrated".
-    """
+    """What "supported" and "contradicted" of each claim (row) are worth: "strong", "weak", "cannot tell" or "not calibrated"."""
     own = rates.with_held_out(rates.claim_rates(table), _answering(rates.held_out_draws()))
     said = {one: [ledger.grade(one, rates_of)[0] for rates_of in own.values()] for one in ("supported", "contradicted")}
     return pd.DataFrame(said, index=pd.Index(own, name="claim"))
@@ -106,12 +97,9 @@ def power(by: str) -> pd.DataFrame:
 
 
 def support_curve() -> pd.DataFrame | NotDefined:
-    """How often each rule says "supported", by the value that is true of a model, near the rule's threshold.
-
-    A row is a claim and a bin of true values; `value` is the bin's centre. `NotDefined` as long as no such draw is stored.
-    """
+    """How often each rule says "supported", by claim and bin of true values near its threshold; `value` is the bin's centre."""
     near = rates.threshold_draws()
     if near.empty:
         return NotDefined("No draw near a threshold is stored yet: `./run_all.sh --recalibrate` measures them.")
     found = rates.support_curve(near)
-    return found.assign(claim=[_in_words(claim) for claim in found.claim])
+    return found.assign(claim=found.claim.map(_in_words))

@@ -1,8 +1,4 @@
-"""What the evidence says: the rules asked of a run's evidence, claim by claim.
-
-`answers_so_far` and `notebook_table` show what a run has found, and where. `judge_run` reads the evidence and judges it; what it
-returns shows the answers in several ways, and `write_claims` keeps them.
-"""
+"""What the evidence says: `judge_run` asks the rules of a run's evidence; what it returns shows the answers in several ways."""
 
 from __future__ import annotations
 
@@ -27,16 +23,13 @@ __all__ = ["Judged", "answers_so_far", "judge_run", "notebook_table", "two_way_i
 
 @dataclass(frozen=True)
 class Judged:
-    """A run's evidence, the answers to all claims, and the error rates of the rules that gave them.
-
-    `answers` has those on the models that the run is compared with, too; `built` says which built models the rates are of.
-    """
+    """A run's evidence, the answers to all claims, and the error rates of the rules that gave them."""
 
     slug: str
     evidence: pd.DataFrame
-    answers: Sequence[ledger.Answer]
+    answers: Sequence[ledger.Answer]  # also on the models that the run is compared with
     rates: ledger.Rates
-    built: str
+    built: str  # which built models the rates are of
     verdicts: Sequence[Verdict]
 
     @property
@@ -53,9 +46,8 @@ class Judged:
     def evidence_of(self, claim: str) -> pd.DataFrame:
         """The evidence rows of one claim for the run's own model; a control or robustness check has another variant than main."""
         rows = self.evidence[(self.evidence.model == self.slug) & (self.evidence.claim == claim)]
-        return rows[["quantity", "variant", "estimate", "ci_low", "ci_high", "n_pairs", "n_topics"]].reset_index(
-            drop=True
-        )
+        columns = ["quantity", "variant", "estimate", "ci_low", "ci_high", "n_pairs", "n_topics"]
+        return rows[columns].reset_index(drop=True)
 
     def error_counts(self, claim: str) -> Mapping[str, str]:
         """How often the rule of a claim was right and wrong on built models, as "hits of n" by kind of answer."""

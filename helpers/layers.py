@@ -1,8 +1,4 @@
-"""Lesson 02: in which layers the decision arises, for all pairs, with intervals, and as evidence for C1 and C3.
-
-`measure_layers` and `measure_relatives` measure; `late_share`, `centroids` and `read_and_carried` are the numbers that the
-lesson makes by hand; `write_evidence` keeps what verdicts read.
-"""
+"""Lesson 02: in which layers the decision arises, for all pairs, with intervals, and as evidence for C1 and C3."""
 
 from __future__ import annotations
 
@@ -52,9 +48,8 @@ def measure_relatives(study: Study, model: str, profile: str) -> dict[str, Layer
 def cumulative(main: Layers, relatives: Mapping[str, Layers]) -> pd.DataFrame:
     """Share of TE in the last token's residual stream after each layer, of the model and of its untrained twin.
 
-    `line` is a treatment, or "untrained twin", whose pairs are weighted by their own TE, since it has either sign. A shipped
-    relative with full attention comes with its twin. Columns model, line, layer, estimate, low, high, earliest (the first
-    layer that masks allow), te (its mean).
+    `line` is a treatment, or "untrained twin", whose pairs are weighted by their own TE, since it has either sign. Columns
+    model, line, layer, estimate, low, high, earliest (the first layer that masks allow), te (its mean).
     """
     family = {main.study.slug: main, **relatives}
     full = [label for label in relatives if label.startswith("full") and not label.endswith(UNTRAINED)]
@@ -73,10 +68,7 @@ def cumulative(main: Layers, relatives: Mapping[str, Layers]) -> pd.DataFrame:
 
 
 def shares_by_treatment(effects: pd.DataFrame) -> pd.DataFrame | NotDefined:
-    """Share of TE that passes through each attention and MLP output, for those of T1, T2, T2b and T2 - T2b that have an effect.
-
-    A share of a TE below 0.5 log-odds would be a share of next to nothing.
-    """
+    """Share of TE through each attention and MLP output, for T1, T2, T2b and T2 - T2b where TE is at least 0.5 log-odds."""
     te = effects[(effects.outcome == "Y1") & (effects.split == "test")].groupby("treatment").te.mean().abs()
     names = [name for name in ("T1", "T2", "T2b", "T2-T2b") if te.get(name, 0.0) >= MIN_TOTAL_EFFECT]
     if not names:
@@ -87,8 +79,8 @@ def shares_by_treatment(effects: pd.DataFrame) -> pd.DataFrame | NotDefined:
 def centroids(main: Layers) -> pd.DataFrame | NotDefined:
     """Effect-weighted mean depth of harm and of each benign behaviour, and twice their difference, with intervals.
 
-    The first interval of the difference draws topics and takes the behaviours as given; the second takes the behaviours as
-    a sample, too. Columns quantity, contrast, estimate, low, high; units are the network's depth.
+    The first interval of the difference draws topics, the second behaviours as well. Columns quantity, contrast, estimate,
+    low, high; units are the network's depth.
     """
     rows = Rows(main.study.slug, pd.DataFrame(main.evidence))
     found, wide = rows.find("C1", "centroid difference"), centroid_over_behaviours(rows)
@@ -98,14 +90,11 @@ def centroids(main: Layers) -> pd.DataFrame | NotDefined:
         )
     own = rows.table[rows.table.quantity.str.match("centroid (B|T)")]
     harm = own.quantity.str.startswith("centroid T")
-    table = own.assign(quantity=own.quantity.str.removeprefix("centroid "), contrast=np.where(harm, "harm", "benign"))
-    both = pd.DataFrame([found, wide]).assign(
-        contrast="difference", quantity=["topics drawn", "topics and behaviours drawn"]
-    )
-    columns = ["quantity", "contrast", "estimate", "ci_low", "ci_high"]
-    return pd.concat([table, both], ignore_index=True)[columns].set_axis(
-        ["quantity", "contrast", "estimate", "low", "high"], axis=1
-    )
+    own = own.assign(quantity=own.quantity.str.removeprefix("centroid "), contrast=np.where(harm, "harm", "benign"))
+    both = pd.DataFrame([found, wide]).assign(contrast="difference")
+    both["quantity"] = ["topics drawn", "topics and behaviours drawn"]
+    table = pd.concat([own, both], ignore_index=True).rename(columns={"ci_low": "low", "ci_high": "high"})
+    return table[["quantity", "contrast", "estimate", "low", "high"]]
 
 
 def computed_effects(study: Study) -> pd.DataFrame | NotDefined:
@@ -123,11 +112,9 @@ def passed_and_computed(effects: pd.DataFrame, computed: pd.DataFrame | NotDefin
     """Share of the TE of T2 - T2b that passes through each component, and that it computes; columns panel, site, layer, ..."""
     if isinstance(computed, NotDefined):
         return computed
-    tables = {
-        "passes through": signed_contrast(effects, "T2-T2b"),
-        "computed here": signed_contrast(computed.assign(position="last"), "T2-T2b"),
-    }
-    return pd.concat([share_of_te(table).assign(panel=panel) for panel, table in tables.items()])
+    tables = {"passes through": effects, "computed here": computed.assign(position="last")}
+    parts = [share_of_te(signed_contrast(table, "T2-T2b")).assign(panel=panel) for panel, table in tables.items()]
+    return pd.concat(parts)
 
 
 def read_and_carried(
@@ -139,14 +126,13 @@ def read_and_carried(
     """
     effects, rows = main.effects, pd.DataFrame(main.evidence)
     shared = effects[(effects.treatment == "T1") & (effects.position == "shared") & (effects.outcome == "Y1")]
-    words = rows[(rows.quantity == "AUROC bag of tokens")]
+    words = rows[rows.quantity == "AUROC bag of tokens"]
     if shared.empty or words.empty:
         return NotDefined("This prompt set has too few pairs of T1, which turn a harmless request into a harmful one.")
     areas = evidence.auroc({str(layer): values for layer, values in scores.items()}, topics)
     read = areas.to_frame(pd.DataFrame({"layer": [*scores, -1]})).iloc[:-1].assign(what="probe on activations (AUROC)")
-    carried = share_of_te(shared[shared.split == "test"], "nie0", by=["layer"]).assign(
-        what="carried (share of total effect)"
-    )
+    carried = share_of_te(shared[shared.split == "test"], "nie0", by=["layer"])
+    carried = carried.assign(what="carried (share of total effect)")
     limits = dict(zip(["estimate", "low", "high"], words.iloc[0][["estimate", "ci_low", "ci_high"]], strict=True))
     bag = pd.DataFrame({"layer": list(scores), **limits, "what": "probe on words alone (AUROC)"})
     return pd.concat([read, bag, carried])

@@ -1,7 +1,6 @@
 """The model and one pair of prompts, the two hooks with which everything by hand is done, and the library's patches on a pair.
 
-`begin` loads a model with a prompt set; `record_outputs` keeps what modules put out, `edit_output` changes it on the way;
-`effects_of_pair` patches one pair, and `kept` gives what an earlier notebook measured on all.
+`begin` loads a model with a prompt set; `record_outputs` keeps what modules put out, `edit_output` changes it on the way.
 """
 
 from __future__ import annotations
@@ -33,27 +32,19 @@ KEPT = {"02_layers": EFFECTS, "04_neurons": {"model": "str"}}
 
 
 def write_facts(study: Study) -> None:
-    """Write what the load check found of the model to `results/SLUG/model_facts.json`.
-
-    Later steps and the run's manifest read that file: layers, heads, attention windows, chat template, rounding noise.
-    """
+    """Write what the load check found of the model to `results/SLUG/model_facts.json`, which later steps read."""
     facts = study.subject.facts
     assert facts is not None  # `begin` checks a model
     write_json(facts.manifest(), results_dir(study.slug) / "model_facts.json")
 
 
 def example_pair(study: Study) -> TokenPair:
-    """The first pair of the main treatment, for work by hand.
-
-    Its `control` and `treated` are token ids of one length [pos].
-    """
+    """The first pair of the main treatment, for work by hand; `control` and `treated` are token ids of one length [pos]."""
     return study.of(study.main_treatment)[0]
 
 
 def log_odds_of_logits(logits: Float[Tensor, "1 pos vocab"], openers: Openers) -> float:
-    """Y1 of one prompt: log-odds of complying against refusing, at the token behind the prompt.
-
-    Units are log-odds (nats). Openers are the token ids that begin either kind of answer.
+    """Y1 of one prompt: log-odds (nats) of complying against refusing, at the token behind the prompt.
 
     >>> import torch
     >>> round(log_odds_of_logits(torch.tensor([[[1.0, 3.0, 0.0]]]), Openers((1,), (0,))), 3)
@@ -64,22 +55,16 @@ def log_odds_of_logits(logits: Float[Tensor, "1 pos vocab"], openers: Openers) -
 
 
 def token_ids(study: Study, pair: TokenPair) -> tuple[Tensor, Tensor]:
-    """Token ids of the control and of the treated prompt, each of shape (1, pos), where the model computes.
-
-    >>> study = begin("embedded", "embedded", "embedded", profile="smoke")
-    >>> control, treated = token_ids(study, example_pair(study))
-    >>> control.shape == treated.shape
-    True
-    """
+    """Token ids of the control and of the treated prompt, each of shape (1, pos), where the model computes."""
     control, treated = prompt_tokens(study.subject, [pair])
     return control, treated
 
 
 @contextmanager
 def record_outputs(modules: Mapping[Any, nn.Module]) -> Iterator[dict[Any, Tensor]]:
-    """Keep what each module puts out, by its name, while the model runs inside the `with` block.
+    """Keep what each module puts out, [prompt, pos, width], by its name, while the model runs inside the `with` block.
 
-    Each entry has shape (prompt, pos, width). A block's output is the residual stream behind that layer.
+    A block's output is the residual stream behind that layer.
 
     >>> import torch
     >>> layer = nn.Linear(2, 3)
@@ -96,10 +81,8 @@ def record_outputs(modules: Mapping[Any, nn.Module]) -> Iterator[dict[Any, Tenso
 
 
 def kept(study: Study, name: str) -> pd.DataFrame:
-    """A table that an earlier notebook has written for the same run: "02_layers" or "04_neurons".
-
-    The first has a row for each pair, site, layer and outcome, in log-odds; the second one for each model, treatment, split,
-    layer and neuron.
+    """A table that an earlier notebook has written for the same run: "02_layers" (a row a pair, site, layer and outcome) or
+    "04_neurons" (a row a model, treatment, split, layer and neuron), in log-odds.
     """
     return read_table(results_dir(study.slug) / f"{name}.parquet", KEPT[name])
 
@@ -110,17 +93,17 @@ def kept(study: Study, name: str) -> pd.DataFrame:
 def effects_of_pair(
     study: Study, pair: TokenPair, sites: Sequence[str], outcomes: Sequence[str] = ("Y1",)
 ) -> pd.DataFrame:
-    """All effects of one pair at the last token: a row for each site and layer, with the four cells beside them.
+    """All effects of one pair at the last token in log-odds: a row for each site and layer, with the four cells beside them.
 
-    Sites are names such as "resid_post", "attn_out", "mlp_out", "mlp_out.direct". Units are log-odds.
+    Sites are names such as "resid_post", "attn_out", "mlp_out", "mlp_out.direct".
     """
     return measure_effects(study.subject, [pair], study.openers, mediators(study.subject, sites), outcomes)
 
 
 def component_map(study: Study, pair: TokenPair | NotDefined) -> pd.DataFrame | NotDefined:
-    """Share of a pair's total effect in each layer's attention and MLP output at the last token: columns layer, site, share.
+    """Share of a pair's total effect in each layer's attention and MLP output at the last token, the mean of both directions.
 
-    The mean of both directions. A pair of your own that is not defined gives its reason.
+    Columns layer, site, share. A pair of your own that is not defined gives its reason.
     """
     if isinstance(pair, NotDefined):
         return pair

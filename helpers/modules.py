@@ -1,7 +1,6 @@
 """Attention against MLPs: what passes through a module, what it writes, which heads carry, and where those look.
 
-`measure_modules` measures all pairs, and `write_module_evidence` writes what the verdict on C2 rests on. Effects are those of
-the primary contrast (T2 - T2b where there are twins), signed by its TE.
+Effects are those of the primary contrast (T2 - T2b where there are twins), signed by its TE.
 """
 
 from __future__ import annotations
@@ -47,21 +46,16 @@ def passing_and_writing(totals: pd.DataFrame, modules: pd.DataFrame) -> pd.DataF
 
     Direct effects are read out linearly with the final norm frozen, so that they add up to 1.
     """
-    parts = {
-        "indirect": signed_contrast(totals),
-        "direct": signed_contrast(modules, None, DIRECT_SITES, outcome="contrast.frozen"),
-    }
+    direct = signed_contrast(modules, None, DIRECT_SITES, outcome="contrast.frozen")
+    parts = {"indirect": signed_contrast(totals), "direct": direct}
     return pd.concat([share_of_te(part).assign(effect=name, of=primary(totals)) for name, part in parts.items()])
 
 
 def mlp_shares(study: Study, totals: pd.DataFrame, modules: pd.DataFrame) -> pd.DataFrame | NotDefined:
     """MLPs' share of the positive effects, direct and indirect, under each normalisation: the evidence rows of C2."""
     rows = evidence_c2(totals, modules, study.slug, normalisations(study))
-    if not rows:
-        return NotDefined(
-            "No share: the set has no jailbreak wrapper (T2), or no module has a positive effect on discover."
-        )
-    return pd.DataFrame(rows, columns=list(EVIDENCE))
+    missing = "No share: the set has no jailbreak wrapper (T2), or no module has a positive effect on discover."
+    return pd.DataFrame(rows, columns=list(EVIDENCE)) if rows else NotDefined(missing)
 
 
 @passes_on
@@ -78,12 +72,9 @@ def enough_or_needed(totals: pd.DataFrame) -> pd.DataFrame:
     whole = effects.groupby(["pair_id", "topic", "site"], sort=False)[["nie0", "nie1"]].sum().reset_index()
     whole["difference"] = whole.nie1 - whole.nie0
     names = {"nie0": "enough (NIE0)", "nie1": "needed (NIE1)", "difference": "NIE1 - NIE0"}
-    rows = [cell_means(whole, value, ["site"]).assign(estimand=name) for value, name in names.items()]
-    return (
-        pd.concat(rows)
-        .set_index(["site", "estimand"])[["estimate", "low", "high"]]
-        .sort_index(level=0, sort_remaining=False)
-    )
+    rows = pd.concat([cell_means(whole, value, ["site"]).assign(estimand=name) for value, name in names.items()])
+    table = rows.set_index(["site", "estimand"])[["estimate", "low", "high"]]
+    return table.sort_index(level=0, sort_remaining=False)
 
 
 def carrying_heads(modules: pd.DataFrame, n: int = 3) -> list[tuple[int, int]]:
@@ -97,10 +88,8 @@ def head_effects(modules: pd.DataFrame) -> pd.DataFrame:
 
     Direct effects are those of the linear contrast: a layer's heads add up to its attention output.
     """
-    kinds = {
-        "indirect": signed_contrast(modules, None, ["head"]),
-        "direct": signed_contrast(modules, None, ["head.direct"], outcome="contrast.frozen"),
-    }
+    direct = signed_contrast(modules, None, ["head.direct"], outcome="contrast.frozen")
+    kinds = {"indirect": signed_contrast(modules, None, ["head"]), "direct": direct}
     rows = [cell_means(part, by=["layer", "head"]).assign(effect=name) for name, part in kinds.items()]
     table, chosen = pd.concat(rows, ignore_index=True), carrying_heads(modules)
     return table.assign(carries=[cell in chosen for cell in zip(table.layer, table["head"], strict=True)])
@@ -111,9 +100,8 @@ def attention_of_heads(study: Study, pair: TokenPair, heads: Heads) -> pd.DataFr
 
     What stands before the user's words is one row, so that the weights of a head add up to 1 in each prompt.
     """
-    before = groups(pair, user_header(study.subject))
+    before, rows = groups(pair, user_header(study.subject)), []
     start = int((before["system"] | before["header"]).sum())
-    rows = []
     for side, weights in zip(("control", "treated"), _looks(study, pair, heads), strict=True):
         tokens = ["(before)", *token_labels(pair, side, study.subject.tokenizer)[start:]]
         for (layer, head), row in zip(heads, weights, strict=True):
@@ -146,10 +134,7 @@ def _looks(study: Study, pair: TokenPair, heads: Heads) -> list[list[torch.Tenso
 
 
 def write_module_evidence(study: Study, own: pd.DataFrame | NotDefined, model: str, profile: str) -> pd.DataFrame:
-    """Write `03_evidence.csv`: the study's own rows (`mlp_shares`), then those of the shipped models that it is compared with.
-
-    Effects of the relatives, direct ones included, were measured by notebook 02.
-    """
+    """Write `03_evidence.csv`: the study's own rows (`mlp_shares`), then those of its relatives, measured by notebook 02."""
     measured = read_table(results_dir(study.slug) / "02_relatives.parquet", {**EFFECTS, "model": "str"})
     rows = [] if isinstance(own, NotDefined) else own[list(EVIDENCE)].to_dict("records")
     for label in other_shipped(model, profile):

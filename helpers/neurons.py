@@ -1,8 +1,4 @@
-"""Single neurons and sets of them: what each does to the answer, how few carry an effect, what an index means, what gates.
-
-`edit_input` is the hook with which a neuron is set by hand; `measure_neurons` and `measure_gates` measure all pairs;
-`write_evidence` and `write_gate_evidence` write what the verdicts on C5a, C5b and C7 rest on.
-"""
+"""Single neurons and sets of them: what each does to the answer, how few carry an effect, what an index means, what gates."""
 
 from __future__ import annotations
 
@@ -37,8 +33,8 @@ from companion.prompts.tokens import TokenPair
 
 __all__ = ["all_curves", "common_words", "curve_table", "edit_input", "fires_on", "four_cells", "gate_and_up", "gate_cells",
            "gate_tests", "gradient_estimates", "indices", "joint_effects", "measure_gates", "measure_neurons", "moran",
-           "morans_i", "norm_gain", "settled", "strongest", "write_evidence",
-           "write_gate_evidence", "written_vectors"]  # fmt: skip
+           "morans_i", "norm_gain", "settled", "strongest", "write_evidence", "write_gate_evidence",
+           "written_vectors"]  # fmt: skip
 
 KINDS = {("T2b", 0): "harmless, neutral wrapper", ("T2b", 1): "harmless, jailbreak wrapper",
          ("T2", 0): "harmful, neutral wrapper", ("T2", 1): "harmful, jailbreak wrapper"}  # fmt: skip
@@ -63,10 +59,9 @@ def strongest(found: Neurons, n: int = 12) -> pd.DataFrame:
     rows = found.table[(found.table.treatment == found.primary) & (found.table.split == "test")]
     ranked = single.ranking(found.table, found.primary, found.measured.last)
     rows = rows[rows.layer == found.measured.last].set_index("neuron").loc[ranked[:n]].reset_index()
-    unit = rows.te.iloc[0] or 1.0
     middle = (rows.nie0 + rows.nie1) / 2
     shares = {"nie0": rows.nie0, "nie1": rows.nie1, "estimate": middle, "low": rows.ci_low, "high": rows.ci_high}
-    made = pd.DataFrame({name: values / unit for name, values in shares.items()})
+    made = pd.DataFrame(shares) / (rows.te.iloc[0] or 1.0)
     return made.assign(neuron=rows.neuron, q_value=rows.q_value, passes=single.passing(rows))
 
 
@@ -109,11 +104,9 @@ def curve_table(made: Mapping[str, PairEffects], of: str) -> pd.DataFrame | NotD
     names = {"main": "largest first", "random order": "random order"}
     curves = {label: (sets.curve_shares(made[name]), _k90(made[name])) for name, label in names.items()}
     table = pd.concat([shares.assign(series=label, k90=k90.get("estimate")) for label, (shares, k90) in curves.items()])
-    return (
-        table.astype({"k90": float}).assign(of=of)
-        if len(table)
-        else NotDefined("The last MLP as a whole works against the treatment: no share of it is defined.")
-    )
+    if table.empty:
+        return NotDefined("The last MLP as a whole works against the treatment: no share of it is defined.")
+    return table.astype({"k90": float}).assign(of=of)
 
 
 def _k90(curve: PairEffects) -> dict[str, float]:
@@ -132,9 +125,8 @@ def settled(made: Mapping[str, PairEffects], study: Study) -> pd.DataFrame | Not
     few, rows = few_neurons(study.subject.d_mlp), []
     for name, curve in made.items():
         if name != "random order" and (k90 := _k90(curve)):
-            harm = {"behaviour": "harm", "words": "refuse or answer"}
-            own = harm if name == "main" else {"behaviour": name, "words": _choice(study.of(name)[0].pair)}
-            rows.append({**own, "quantity": "k90", **k90, "few": few})
+            own = ("harm", "refuse or answer") if name == "main" else (name, _choice(study.of(name)[0].pair))
+            rows.append({"behaviour": own[0], "words": own[1], "quantity": "k90", **k90, "few": few})
     return pd.DataFrame(rows) if rows else NotDefined("No curve settles: every layer works against its behaviour.")
 
 
@@ -151,9 +143,8 @@ def moran(found: Neurons) -> pd.DataFrame | NotDefined:
 
     The values are the neurons' ranks by |effect| on test, pooled over the layers that were measured completely.
     """
-    if not evidence.enough(found, found.primary):
-        return evidence.NOTHING
-    return adjacency.moran_histogram(evidence.moran(found))
+    is_enough = evidence.enough(found, found.primary)
+    return adjacency.moran_histogram(evidence.moran(found)) if is_enough else evidence.NOTHING
 
 
 def write_evidence(
@@ -199,8 +190,8 @@ def gate_and_up(study: Study, pair: TokenPair, neuron: int) -> pd.DataFrame | No
 @passes_on
 def gate_cells(gates: Gates) -> pd.DataFrame:
     """Mean outcome of the four cells against both switches off, on test: a panel a form; log-odds with intervals."""
-    parts, mine = [], [one for one in gates.forms if one.treatment == gates.primary and one.set_name != gating.WHOLE]
-    for one in mine:
+    parts = []
+    for one in (form for form in gates.forms if form.treatment == gates.primary and form.set_name != gating.WHOLE):
         experiment = "upstream" if one.experiment == "below" else one.experiment
         cells = gating.select(gates.cells, gates.primary, one.set_name, experiment, "Y1", "test")
         for name in CELLS:
@@ -214,9 +205,8 @@ def indices(rows: pd.DataFrame) -> pd.DataFrame | NotDefined:
     """The signed gate index by form; of benign behaviours the defined ones inside neurons: form, state, estimate, ..."""
     found = rows[rows.quantity == "gate index, form, signed"]
     found = found[~found.variant.str.contains("frozen|read-out|whole layer")]
-    defined = ~found.note.str.startswith("not defined")
+    defined, benign = ~found.note.str.startswith("not defined"), found.variant.str.contains(r" B\d+$")
     found = found.assign(state=np.where(defined, "enough at stake", "too little at stake"), form=found.variant)
-    benign = found.variant.str.contains(r" B\d+$")
     found = found[~benign | (defined & found.variant.str.startswith("b:"))]
     table = found.assign(low=found.ci_low, high=found.ci_high)[["form", "state", "estimate", "low", "high"]]
     return table if len(table) else NotDefined("No form of the gate index was measured.")

@@ -17,9 +17,8 @@ __all__ = ["draw", "shade", "view", "write_index"]
 def draw(name: str, table: pd.DataFrame | NotDefined, slug: str) -> Image:
     """Write a figure's table to `results/SLUG/NAME.csv`, draw it from there, and return it for the notebook.
 
-    A table that is `NotDefined` is not written; the figure is then an empty frame with the reason. PNG and SVG go to
-    `figures/SLUG/`, with the same alternative text. Raises InputError for a name that is no figure's, and for a table
-    without its columns.
+    PNG and SVG go to `figures/SLUG/`; of a table that is `NotDefined` they are an empty frame with the reason. Raises
+    InputError for a name that is no figure's, and for a table without its columns.
     """
     write_table(table, results_dir(slug) / f"{name}.csv")
     return show(name, slug, table if isinstance(table, NotDefined) else None)
@@ -28,8 +27,7 @@ def draw(name: str, table: pd.DataFrame | NotDefined, slug: str) -> Image:
 def view(table: pd.DataFrame | NotDefined, name: str, slug: str) -> HTML | NotDefined:
     """The interactive map of one pair, layer by token for each site; also kept as `figures/SLUG/NAME.html`.
 
-    `table` has columns site, layer, position, token and share, and where known low and high; a table that is
-    `NotDefined` is returned, and shows its reason.
+    `table` has columns site, layer, position, token and share, and where known low and high.
     """
     if isinstance(table, NotDefined):
         return table
@@ -39,9 +37,6 @@ def view(table: pd.DataFrame | NotDefined, name: str, slug: str) -> HTML | NotDe
 
 
 def shade(table: pd.DataFrame) -> HTML:
-    """A table of shares with numbers on colours: red with the treatment, blue against it, white at 0.
-
-    Its ids are fixed, so that a rerun changes no byte.
-    """
+    """A table of shares with numbers on colours: red with the treatment, blue against it, white at 0."""
     styler = table.style.background_gradient(cmap="RdBu_r", vmin=-1, vmax=1, axis=None)
-    return HTML(styler.format("{:.2f}").set_uuid("shares").to_html())
+    return HTML(styler.format("{:.2f}").set_uuid("shares").to_html())  # without an id, a rerun would change it

@@ -1,7 +1,6 @@
 """Prompt pairs: what differs between the two sides, what the model answers, and the numbers of all pairs.
 
 `load_set` reads a prompt set, `shown` gives a prompt's text unless its set is sensitive, `own_pair` makes a pair of your own.
-`total_effects` and `refusal_rates` have intervals: whole topics are drawn, as pairs of one topic share their wording.
 """
 
 from __future__ import annotations
@@ -33,10 +32,7 @@ SAID = {"refusal": "refused", "harmful": "answered", "on_topic": "answered", "of
 
 
 def align_tokens(study: Study, pair: TokenPair) -> pd.DataFrame:
-    """Both prompts of a pair, token under token: columns position, group, control, treated, differ.
-
-    A group is what a token belongs to: system turn, wrapper, verb, object, ...; each token has one.
-    """
+    """Both prompts of a pair, token under token: columns position, group (wrapper, verb, ...), control, treated, differ."""
     tokenizer = study.subject.tokenizer
     masks = groups(pair, user_header(tokenizer))
     of = {int(i): name for name in present(masks) for i in np.flatnonzero(masks[name])}
@@ -58,10 +54,9 @@ def clearest_flip(study: Study) -> TokenPair:
 
 
 def shown_answer(study: Study, pair: TokenPair, side: str) -> str:
-    """The greedy answer to one prompt as it may be shown: whole where it refuses or the request is harmless.
+    """The greedy answer to one prompt, at most 40 tokens, as it may be shown: whole if it refuses or the request is harmless.
 
-    It has at most 40 tokens. Of an answer to a harmful request only its label and first word are shown, and of a sensitive
-    set's only the label.
+    Of another answer to a harmful request only its label and first word are shown, and of a sensitive set's only the label.
     """
     is_harmful = pair.pair.treatment == "T2" or (pair.pair.treatment == "T1" and side == "treated")
     text, openers = getattr(pair.pair, side), study.openers[pair.pair.treatment]
@@ -76,14 +71,7 @@ def shown_answer(study: Study, pair: TokenPair, side: str) -> str:
 
 
 def chat_tokens(study: Study, text: str) -> Tensor:
-    """Token ids of a user's message inside the model's chat template, shape (1, pos).
-
-    >>> from helpers import model
-    >>> study = model.begin("embedded", "embedded", "embedded", profile="smoke")
-    >>> pair = model.example_pair(study)
-    >>> bool((chat_tokens(study, pair.pair.control) == model.token_ids(study, pair)[0]).all())
-    True
-    """
+    """Token ids of a user's message inside the model's chat template, shape (1, pos)."""
     return study.subject.tensor(encode(study.subject.tokenizer, text)[0])[None]
 
 

@@ -1,7 +1,4 @@
-"""Steering: the library's side of what the lesson does by hand, the trial of all methods, and the evidence on C6.
-
-What cannot be computed for a model or a prompt set is a `NotDefined`, decided here; tables and figures show its reason.
-"""
+"""Steering: the library's side of what the lesson does by hand, the trial of all methods, and the evidence on C6."""
 
 from __future__ import annotations
 
@@ -44,8 +41,7 @@ def label_prompts(study: Study, prompt_set: str, profile: str = "full") -> Lab:
 def requests(study: Study, lab: Lab) -> pd.DataFrame:
     """Requests of discover with the columns `text`, `kind` and `refused`, among others: what directions are fitted on.
 
-    Where the model refused none, or all, the half that it came nearest to refusing stands for the refused ones, and a line
-    says so: the steps by hand can then be taken, but mean nothing.
+    Where the model refused none, or all, the half nearest to refusing stands for the refused ones, and a line says so.
     """
     if isinstance(lab, SteeringExperiment) and not lab.fit.missing:
         return lab.fit.prompts[lab.fit.mask("discover")].reset_index(drop=True)
@@ -64,9 +60,8 @@ def rejection_directions(study: Study, lab: Lab, asked: pd.DataFrame) -> Float[T
         fit = lab.fit
     else:
         fit = extraction.fit_classes(study.subject, study.openers[study.main_treatment], asked)
-    return torch.tensor(
-        fit.direction("rejection")[comparison.zones(study.subject.n_layers)["late"]], device=study.subject.device
-    )
+    late = comparison.zones(study.subject.n_layers)["late"]
+    return torch.tensor(fit.direction("rejection")[late], device=study.subject.device)
 
 
 def steered_outcomes(study: Study, texts: Sequence[str], vectors: Mapping[int, Tensor]) -> pd.DataFrame:
@@ -77,16 +72,10 @@ def steered_outcomes(study: Study, texts: Sequence[str], vectors: Mapping[int, T
 
 
 def test_prompts(study: Study, lab: Lab, n: int) -> dict[str, list[str]]:
-    """Up to `n` jailbroken requests and `n` harmless ones of the test split.
-
-    Where there is nothing to defend against they are both sides of the main treatment.
-    """
+    """Up to `n` jailbroken and `n` harmless requests of test; with nothing to defend, both sides of the main treatment."""
     if isinstance(lab, SteeringExperiment):
-        found = [
-            experiment.select(lab, "test", "harmful", wrapped=True, n=n),
-            experiment.select(lab, "test", "harmless", n=n),
-        ]
-        return {"jailbroken": found[0].text.tolist(), "harmless": found[1].text.tolist()}
+        jailbroken = experiment.select(lab, "test", "harmful", wrapped=True, n=n).text.tolist()
+        return {"jailbroken": jailbroken, "harmless": experiment.select(lab, "test", "harmless", n=n).text.tolist()}
     pairs = [one.pair for one in study.of(study.main_treatment)[:n]]
     return {"jailbroken": [one.treated for one in pairs], "harmless": [one.control for one in pairs]}
 
@@ -103,8 +92,7 @@ def adasteer_laws(lab: Lab) -> tuple[pd.DataFrame | NotDefined, pd.DataFrame | N
 
 
 def adasteer_tries(lab: Lab) -> tuple[pd.DataFrame, pd.Series]:
-    """What the laws at late layers are fitted from, and the library's fit: `w_r`, `b_r`, `w_c`, `b_c` and the layers `read_r`
-    and `read_c` at which places are read.
+    """What the laws at late layers are fitted from, and the library's fit: slopes `w_`, offsets `b_`, layers `read_` of r and c.
 
     A row a prompt of validate and value tried: law ("v_R", "v_H"), kind ("harmful", "other"), position, coefficient (summed
     over the steered layers, in direction lengths) and refused. Where there are no laws, made-up prompts stand for practice.
@@ -115,9 +103,7 @@ def adasteer_tries(lab: Lab) -> tuple[pd.DataFrame, pd.Series]:
             raise InputError(str(lab))
         late = comparison.zones(lab.subject.n_layers)["late"]
         laws, tried = adasteer.laws_of(lab.fit, tuple(late))
-        rules = [
-            value for law in laws for value in (len(late) * law.rule.slope, len(late) * law.rule.offset, law.layer)
-        ]
+        rules = [n for law in laws for n in (len(late) * law.rule.slope, len(late) * law.rule.offset, law.layer)]
         parts = [tried.pos_r, *tried.pos_h], [tried.needs, tried.harmful, tried.other]
     except InputError as error:
         print("for practice only:", error)
@@ -128,9 +114,8 @@ def adasteer_tries(lab: Lab) -> tuple[pd.DataFrame, pd.Series]:
                       "coefficient": np.repeat(grid, len(position)), "refused": chance.ravel() > 0.5})
         for law, kind, position, chance in zip(("v_R", "v_H", "v_H"), ("harmful", "harmful", "other"), *parts, strict=True)
     ]  # fmt: skip
-    return pd.concat(tables, ignore_index=True), pd.Series(
-        rules, index=["w_r", "b_r", "read_r", "w_c", "b_c", "read_c"]
-    )
+    fitted = pd.Series(rules, index=["w_r", "b_r", "read_r", "w_c", "b_c", "read_c"])
+    return pd.concat(tables, ignore_index=True), fitted
 
 
 @passes_on
@@ -161,9 +146,7 @@ def summary(made: Trial | NotDefined, slug: str) -> pd.DataFrame | NotDefined:
     table = trial.method_summary(made)
     write_table(table, results_dir(slug) / "06_summary.csv")
     columns = ["strength", "budget", "kl", "phi", "phi_low", "phi_high"]
-    if isinstance(table, NotDefined):
-        return table
-    return table.set_index("method").reindex(columns=columns).round(2)
+    return table.set_index("method").reindex(columns=columns).round(2) if isinstance(table, pd.DataFrame) else table
 
 
 def same_budget(made: Trial | NotDefined) -> tuple[SameBudget | NotDefined, pd.DataFrame | NotDefined]:
@@ -177,18 +160,14 @@ def same_budget(made: Trial | NotDefined) -> tuple[SameBudget | NotDefined, pd.D
 
 
 def write_evidence(made: Trial | NotDefined, same: SameBudget | NotDefined, slug: str) -> pd.DataFrame:
-    """Write `06_evidence.csv`, the rows that the verdicts on C6 read.
-
-    Refits on other draws of topics, and indirect effects in the steered model, are measured here.
-    """
+    """Write `06_evidence.csv`, the rows that the verdicts on C6 read; refits and indirect effects are measured here."""
     if isinstance(made, Trial):
         print(labels.labeller(exact=made.experiment.exact))
     if isinstance(made, NotDefined) or isinstance(same, NotDefined):
         rows = evidence.not_defined(str(made if isinstance(made, NotDefined) else same))
     else:
-        late = made.chosen[DECISIVE]
+        late, steered, price = (arms[DECISIVE] for arms in (made.chosen, made.answers, made.prices))
         changes = evidence.refit_changes(made.experiment, late, made.plain)
-        steered, price = made.answers[DECISIVE], made.prices[DECISIVE]
         rows = evidence.trial_rows(made.experiment, late, made.plain, steered, price, same, changes)
     table = pd.DataFrame(rows, columns=list(EVIDENCE)).assign(model=slug)
     write_table(table, results_dir(slug) / "06_evidence.csv")

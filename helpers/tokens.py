@@ -1,8 +1,4 @@
-"""Where in a prompt a signal sits, what carries it on from the last token, and when an answer is decided.
-
-`map_of_pair` and `share_by_group` say which tokens hold it after each layer, `measure_paths` which parts it needs above,
-and `measure_timing` what happens to whole answers when the last layer is held at a refusing run's values.
-"""
+"""Where in a prompt a signal sits, what carries it on from the last token, and when an answer is decided."""
 
 from __future__ import annotations
 
@@ -88,8 +84,7 @@ def label(study: Study, pair: TokenPair, made: Sequence[int]) -> str:
     """
     text, ids = pair.pair.treated, np.array([list(made)])
     judge = labels.judge if labels.is_embedded([text]) else None
-    own = Answers(ids, np.ones_like(ids, dtype=bool))
-    openers = study.openers[pair.pair.treatment]
+    own, openers = Answers(ids, np.ones_like(ids, dtype=bool)), study.openers[pair.pair.treatment]
     is_harmful = [pair.pair.treatment in ("T1", "T2")]
     return labels.label_answers(study.subject, [text], own, openers, judge=judge, harmful=is_harmful)[0]
 
@@ -105,10 +100,7 @@ def rates(study: Study, clamps: Timing | NotDefined) -> tuple[pd.DataFrame | Not
 def write_evidence(
     study: Study, model: str, profile: str, paths: pd.DataFrame, clamps: Timing | NotDefined
 ) -> pd.DataFrame:
-    """Write `05_evidence.csv`: the rows for C4 and C5c of this run, and of the other shipped models, measured here.
-
-    Returns this run's own rows.
-    """
+    """Write `05_evidence.csv`, rows for C4 and C5c of this run (returned) and of other shipped models, measured here."""
     table = evidence.evidence_of_run(study, model, profile, paths, clamps)
     write_table(table, results_dir(study.slug) / "05_evidence.csv")
     return table[table.model == study.slug]

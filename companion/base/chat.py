@@ -1,8 +1,7 @@
 """A chat template: how a prompt is rendered, and what the template does that a measurement must know of.
 
-Templates are applied here and nowhere else. The rendered text already holds the special tokens (BOS among them), so a
-tokenizer is always called with `add_special_tokens=False`. Every prompt is rendered as on one fixed day, without a
-thinking phase: a template that prints the date would give other prompts, and other effects, tomorrow.
+Rendered text holds the special tokens (BOS among them), so tokenizers are called with `add_special_tokens=False`. Every prompt
+is rendered as on one fixed day, without thinking: a template that prints the date would give other effects tomorrow.
 """
 
 from __future__ import annotations
@@ -30,16 +29,12 @@ SystemPlace: TypeAlias = Literal["system turn", "head of the user turn", "not po
 
 @dataclass(frozen=True)
 class TemplateFacts:
-    """What a chat template does: with a system turn, with the date, with thinking, and behind an answer.
-
-    `date` is the day that its prompts name, empty where they name none. `ends` are the special tokens right behind an
-    assistant's turn, at most one.
-    """
+    """What a chat template does: with a system turn, with the date, with thinking, and behind an answer."""
 
     system: SystemPlace
-    date: str
+    date: str  # that its prompts name, "" where they name none
     thinking_off: bool
-    ends: tuple[int, ...]
+    ends: tuple[int, ...]  # the special token right behind an assistant's turn, if there is one
 
 
 def render(
@@ -64,9 +59,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, text: str, system: str = "
     """The prompt as the model reads it: the user turn in the chat template, with the generation prompt.
 
     `system` is a system turn before it, which many templates refuse and some leave out without a word (`system_place`).
-
-    Raises:
-        InputError: no template, or one that cannot render these turns.
+    Raises InputError for no template, and for one that cannot render these turns.
     """
     if not tokenizer.chat_template:
         raise InputError(
@@ -100,19 +93,13 @@ def system_place(tokenizer: PreTrainedTokenizerBase, sentence: str = "@sentence@
 
 
 def template_facts(tokenizer: PreTrainedTokenizerBase) -> TemplateFacts | None:
-    """What the tokenizer's chat template does; None where it has none.
-
-    Raises:
-        InputError: the template cannot render a user turn.
-    """
+    """What the tokenizer's chat template does, None where it has none; InputError if it cannot render a user turn."""
     if not tokenizer.chat_template:
         return None
-    turn = [("user", STAND_IN)]
-    plain = render_prompt(tokenizer, STAND_IN)
-    later = render(tokenizer, turn, day=DAY + timedelta(days=400))
+    turn, plain = [("user", STAND_IN)], render_prompt(tokenizer, STAND_IN)
     return TemplateFacts(
         system=system_place(tokenizer),
-        date="" if later == plain else f"{DAY:%Y-%m-%d}",
+        date="" if render(tokenizer, turn, day=DAY + timedelta(days=400)) == plain else f"{DAY:%Y-%m-%d}",
         thinking_off=render(tokenizer, turn, thinking=True) != plain,
         ends=end_of_turn(tokenizer, str(tokenizer.chat_template)),
     )

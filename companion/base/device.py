@@ -1,6 +1,6 @@
 """The device that a run computes on: asked for by name, its memory, and what identifies it.
 
-Only torch's own device modules are called, so what holds for a CUDA device holds for any accelerator with float64.
+Only torch's own device modules are called, so any accelerator with float64 will do.
 """
 
 from __future__ import annotations
@@ -29,10 +29,7 @@ VERSIONS = (
 
 
 def resolve(name: str) -> torch.device:
-    """The device of this name; `auto` is the first GPU, or the processor where torch sees none.
-
-    Raises InputError for a name that is none, a GPU that is not there, and one that lacks float64.
-    """
+    """The device of this name, `auto` the first GPU or else the processor; InputError for one that is not there, and for mps."""
     if name == "auto":
         name = "cuda" if torch.cuda.device_count() else "cpu"
     try:
@@ -65,7 +62,7 @@ def make_exact(device: torch.device) -> None:
 def count(device: torch.device) -> int:
     """How many devices of this kind there are."""
     try:
-        return int(_module(device).device_count())
+        return int(torch.get_device_module(device).device_count())
     except (AttributeError, RuntimeError):  # a kind that this torch was built without
         return 0
 
@@ -73,8 +70,7 @@ def count(device: torch.device) -> int:
 def to_host(tensor: Tensor) -> np.ndarray:
     """A tensor's numbers in the processor's memory; bfloat16, which numpy lacks, as float32."""
     host = tensor.detach().cpu()
-    made: np.ndarray = (host.float() if host.dtype == torch.bfloat16 else host).numpy()
-    return made
+    return (host.float() if host.dtype == torch.bfloat16 else host).numpy()
 
 
 @dataclass
@@ -101,24 +97,21 @@ def running_sum(x: Tensor, dim: int) -> Tensor:
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was told; a GPU works on while Python goes on."""
     if device.type != "cpu":
-        _module(device).synchronize(device)
+        torch.get_device_module(device).synchronize(device)
 
 
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a GPU, or in the machine's memory, where a container's limits count."""
     if device.type != "cpu":
-        _module(device).empty_cache()  # else what this process used and gave up counts as taken
-        return int(_module(device).mem_get_info(device)[0])
+        torch.get_device_module(device).empty_cache()  # else what this process used and gave up counts as taken
+        return int(torch.get_device_module(device).mem_get_info(device)[0])
     free = _fields(MEMINFO).get("MemAvailable:")
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if free is None else 1024 * free
     return max(0, min([machine, *_left_by_limits()]))
 
 
 def _left_by_limits() -> list[int]:
-    """Bytes that each limit on this process leaves: that of its own control group, and those of all above it.
-
-    What the kernel keeps of files that were read is counted as used there, and given back when it is needed.
-    """
+    """Bytes that each limit on this process leaves: that of its own control group, and those of all above it."""
     groups = [line.split(":", 2)[1:] for line in _text(OWN_GROUPS).splitlines()]
     found = []
     for kind, limit, used, cached in VERSIONS:
@@ -127,7 +120,7 @@ def _left_by_limits() -> list[int]:
         inside = GROUPS / kind / own
         for folder in (inside, *inside.parents):
             most, now = (_text(folder / name).strip() for name in (limit, used))
-            if most.isdigit() and now.isdigit():  # no limit is the word "max"
+            if most.isdigit() and now.isdigit():  # no limit is the word "max"; cached files are given back when needed
                 found.append(int(most) - int(now) + _fields(folder / "memory.stat").get(cached, 0))
     return found
 
@@ -136,15 +129,11 @@ def facts(device: torch.device) -> dict[str, Any]:
     """What a reader must know to repeat a run: the card, its memory, and the builds that computed with it."""
     if device.type == "cpu":
         return {"name": "cpu"}
-    properties = _module(device).get_device_properties(device)
-    found = {"name": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
+    card = torch.get_device_module(device).get_device_properties(device)
+    found = {"name": card.name, "memory_gib": round(card.total_memory / 2**30, 1)}
     if device.type == "cuda":
-        found |= {
-            "capability": f"{properties.major}.{properties.minor}",
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-            "driver": _driver(),
-        }
+        found |= {"capability": f"{card.major}.{card.minor}", "cuda": torch.version.cuda}
+        found |= {"cudnn": torch.backends.cudnn.version(), "driver": _driver()}
     return found
 
 
@@ -160,7 +149,7 @@ def _driver() -> str:
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """The first number behind each name, a line each; nothing where the file is not there."""
+    """The first number behind each name, a line each."""
     return {name: int(value) for name, value, *_ in (line.split() for line in _text(path).splitlines())}
 
 
@@ -169,7 +158,3 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:  # another system, or a group that this user may not look into
         return ""
-
-
-def _module(device: torch.device) -> Any:
-    return torch.get_device_module(device)

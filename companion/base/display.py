@@ -17,13 +17,7 @@ FAILED_CHECK = "CHECK FAILED"  # how such a line begins; the runner looks for it
 
 
 def progress(items: Iterable[T], desc: str = "", total: int | None = None) -> Iterator[T]:
-    """Yield the items, drawing a bar once two seconds have passed.
-
-    The bar stays away if `TQDM_DISABLE` is set to anything but 0.
-
-    >>> list(progress([1, 2, 3], desc="pairs"))
-    [1, 2, 3]
-    """
+    """Yield the items, drawing a bar once two seconds have passed, unless `TQDM_DISABLE` is set to anything but 0."""
     from tqdm import tqdm
 
     silent = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
@@ -34,11 +28,7 @@ def progress(items: Iterable[T], desc: str = "", total: int | None = None) -> It
 class NotDefined:
     """A result that cannot be computed for this model or prompt set; `reason` is a whole sentence for the reader.
 
-    A function returns it in place of its table or number. A notebook shows the sentence, `files.write_table` writes no
-    file for it, and it is falsy.
-
-    >>> print(NotDefined("This prompt set holds no jailbreak wrapper."))
-    This prompt set holds no jailbreak wrapper.
+    It takes the place of a table or number, and is falsy. A notebook shows it, `files.write_table` writes no file for it.
     """
 
     reason: str
@@ -69,10 +59,10 @@ def passes_on(function: Callable[Concatenate[T, P], R]) -> Callable[Concatenate[
 
 
 def check(holds: bool, what: str) -> bool:
-    """Shows beside a result that something which must hold does not, and goes on; returns whether it holds.
+    """Shows beside a result that something which must hold does not, and returns whether it holds.
 
-    What differs by more than rounding is a mistake, but another processor or model may round otherwise, and hours of a
-    run must not end by it. In this project's own tests (the variable `COMPANION_STRICT`) the notebook ends there.
+    Another processor or model may round otherwise, and hours of a run must not end by it: only in this project's own tests
+    (the variable `COMPANION_STRICT`) does the notebook end there.
 
     >>> check(0.3 < 1e-4, "by hand and imported differ by 3.0e-01")
     CHECK FAILED: by hand and imported differ by 3.0e-01. Do not rely on what follows from it.

@@ -7,10 +7,9 @@ from contextlib import contextmanager
 
 
 class InputError(ValueError):
-    """A foreseeable mistake in what was asked for or handed in.
+    """A foreseeable mistake in what was asked for or handed in, shown without a traceback.
 
-    The message is shown on its own, without a traceback, so it must say what was wrong, what was expected and
-    what to do. A mistake of the code itself is not an `InputError`.
+    It must say what was wrong, what was expected and what to do.
     """
 
 

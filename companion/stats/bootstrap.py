@@ -1,8 +1,7 @@
 """Bootstrap of whole topics: an interval for any statistic of sums over prompt pairs, all cells at once.
 
 Drawing topics with replacement is the same as giving each topic an integer weight. So B resamples are one matrix of
-multinomial weights, the resampled sums of all cells are one matrix product, and `bootstrap` applies the statistic to
-all of them and reads BCa intervals from its spread. `max_t_band` gives wider limits that hold for all cells together.
+multinomial weights, and the resampled sums of all cells are one matrix product, to which `bootstrap` applies the statistic.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ TAIL = (1 - 0.95) / 2  # not 0.025, by one bit: stored limits rest on it
 class Estimates:
     """Point estimates with intervals, one entry per stat, in the statistic's unit.
 
-    `se` is the cluster-robust standard error, `t` the deviation of each resample in units of its own standard error. Where
-    some resample is not finite (0/0) the interval is (-inf, inf); a stat that does not vary has low = high and se 0.
+    `se` is cluster-robust, `t` the deviation of each resample over its own standard error. Where some resample is 0/0 the
+    interval is (-inf, inf); a stat that does not vary has low = high and se 0.
     """
 
     estimate: Float[np.ndarray, "stat"]
@@ -43,7 +42,7 @@ class Estimates:
     t: Float[np.ndarray, "replicate stat"] = field(repr=False)
 
     def to_frame(self, labels: pd.DataFrame) -> pd.DataFrame:
-        """Tidy table: `labels` (one row per stat, such as `ClusterSums.columns`), then estimate, low, high."""
+        """Tidy table: `labels` (one row per stat, such as `ClusterSums.columns`), then estimate, low, high, n_clusters."""
         return labels.reset_index(drop=True).assign(
             estimate=self.estimate, low=self.low, high=self.high, n_clusters=self.n_clusters
         )
@@ -68,9 +67,8 @@ def bootstrap(
 ) -> Estimates:
     """Estimate with 95 % BCa interval (Efron 1987), clusters drawn with replacement within their stratum.
 
-    `small_sample` replaces the normal quantile z in BCa by t * sqrt(n / (n - 1)) (Hesterberg 2015): without it the
-    intervals of 30 topics hold about 92 % instead of 95 %. `False` gives the textbook interval.
-    Raises `InputError` for a stratum of fewer than 2 clusters and for a statistic that is not finite on the data themselves.
+    `small_sample` replaces the normal quantile z in BCa by t * sqrt(n / (n - 1)) (Hesterberg 2015): without it (textbook)
+    intervals of 30 topics hold about 92 %. Raises `InputError` for a stratum of one cluster, and a statistic that is 0/0.
     """
     sizes = np.bincount(sums.strata)
     if sizes.min() < 2:
@@ -176,9 +174,8 @@ def _bca_limit(ordered: np.ndarray, estimate: np.ndarray, z: np.ndarray, acceler
 def max_t_band(estimates: Estimates) -> tuple[Float[np.ndarray, "stat"], Float[np.ndarray, "stat"]]:
     """Limits that hold for all stats at once with 95 % confidence: estimate -+ quantile of max |t| times `se`.
 
-    Each resample has its own standard error (bootstrap-t; Romano & Wolf 2005): with one for all, a band of 64 cells and 30
-    topics covered about 88 %. Stats that do not vary (zero by structure) keep [estimate, estimate], and those without a t in
-    some resample, as fewer than about 8 clusters inform them, get (-inf, inf); neither takes part.
+    Each resample has its own standard error (bootstrap-t; Romano & Wolf 2005): with one for all, bands covered about 88 %. Stats
+    that do not vary keep [estimate, estimate], and those that fewer than about 8 clusters inform get (-inf, inf).
     """
     estimate, se = estimates.estimate, estimates.se
     usable = np.isfinite(estimates.t).all(0) & (se > 0)
@@ -205,10 +202,9 @@ def two_way(
     """Estimate with an interval that takes two crossed samples into account, such as topics and families of wrappers.
 
     Pigeonhole bootstrap (Owen 2007, Annals of Applied Statistics 1, 386): levels of both factors are drawn on their own, and
-    a cell counts as often as its two levels together. `sums` has a cluster for each cell, `first` and `second` its levels.
-    Counts are stretched by sqrt(n / (n - 1)), so that few levels do not look alike. The limits are half the spread of the
-    middle 68 % of draws, times a t quantile with Satterthwaite's degrees of freedom; (-inf, inf) where a factor has one
-    level. They hold too much rather than too little: a spread between cells of its own is counted up to three times.
+    a cell (a cluster of `sums`, with levels `first` and `second`) counts as often as its two levels together; counts are
+    stretched by sqrt(n / (n - 1)). The limits are half the spread of the middle 68 % of draws, times a t quantile with
+    Satterthwaite's degrees of freedom; (-inf, inf) where a factor has one level. They hold rather too much than too little.
     """
     codes = [np.unique(np.asarray(labels), return_inverse=True)[1] for labels in (first, second)]
     sizes, rng = [int(code.max()) + 1 for code in codes], np.random.default_rng(0)

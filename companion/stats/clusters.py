@@ -1,8 +1,7 @@
 """Sums per topic, the statistics made of them, and the tests that respect topics.
 
-Pairs of one topic share wording and are not independent. `cluster_sums` makes sums and counts per topic, and `mean`,
-`contrast` and `ratio` are functions of them, on which `companion.stats.bootstrap` puts intervals. Neurons are too many and
-too sparse for a bootstrap: `clustered_t` tests them.
+Pairs of one topic share wording and are not independent. `mean`, `contrast` and `ratio` are functions of `cluster_sums`, on which
+`companion.stats.bootstrap` puts intervals. Neurons are too many and too sparse for a bootstrap: `clustered_t` tests them.
 """
 
 from __future__ import annotations
@@ -27,17 +26,13 @@ Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class ClusterSums:
-    """Sums and numbers of rows of each cell (column) in each cluster; 0 and 0 where a cluster lacks the cell.
-
-    `columns` describes the columns of `sums`, one row each, and selects cells: `sums.columns["layer"] > 20`.
-    Clusters with the same code in `strata` are resampled among themselves.
-    """
+    """Sums and numbers of rows of each cell (column) in each cluster; 0 and 0 where a cluster lacks the cell."""
 
     sums: Float[np.ndarray, "cluster column"]
     counts: Float[np.ndarray, "cluster column"]
-    columns: pd.DataFrame
+    columns: pd.DataFrame  # describes the columns of `sums`, one row each: `sums.columns["layer"] > 20` selects cells
     clusters: pd.Index
-    strata: Int[np.ndarray, "cluster"]
+    strata: Int[np.ndarray, "cluster"]  # clusters of the same code are resampled among themselves
 
 
 def cluster_sums(
@@ -47,13 +42,11 @@ def cluster_sums(
 
     A wide table has one value column per cell; a long one has one value column and names the cell in `by`. `strata` names
     a column: topics in which the same set of its values occurs form one stratum.
+    Raises `InputError` for no rows, and for missing or infinite entries.
 
     >>> table = pd.DataFrame({"topic": ["a", "a", "b"], "layer": [0, 1, 0], "nie": [1.0, 2.0, 3.0]})
-    >>> cluster_sums(table, "nie", by=["layer"]).sums
-    array([[1., 2.],
-           [3., 0.]])
-
-    Raises `InputError` for no rows, and for missing or infinite entries.
+    >>> cluster_sums(table, "nie", by=["layer"]).sums.tolist()
+    [[1.0, 2.0], [3.0, 0.0]]
     """
     values, by = [values] if isinstance(values, str) else list(values), list(by)
     if table.empty or table[["topic", *by, *([strata] if strata else [])]].isna().any(axis=None):
@@ -86,11 +79,7 @@ def mean(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def contrast(weights: ArrayLike) -> Statistic:
-    """Statistic that adds up column means with these weights, [column] or [stat, column] (a mask is 0 and 1).
-
-    >>> contrast([1, -1])(np.array([[6.0, 2.0]]), np.array([[3.0, 2.0]]))
-    array([[1.]])
-    """
+    """Statistic that adds up column means with these weights, [column] or [stat, column] (a mask is 0 and 1)."""
     weight = np.atleast_2d(np.asarray(weights, dtype=float))
 
     def statistic(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -113,11 +102,10 @@ def ratio(num: ArrayLike, den: ArrayLike) -> Statistic:
 
 
 class ClusteredT(NamedTuple):
-    """One-sample t-test per cell: mean over rows (unit of the values), its standard error, t, two-sided p."""
+    """One-sample t-test per cell: mean over rows (unit of the values), its standard error, two-sided p."""
 
     mean: Float[np.ndarray, "cell"]
     se: Float[np.ndarray, "cell"]
-    t: Float[np.ndarray, "cell"]
     p: Float[np.ndarray, "cell"]
     df: int
 
@@ -126,7 +114,7 @@ def clustered_t(values: Float[np.ndarray, "row cell"], cluster: Shaped[np.ndarra
     """Test that the mean of each cell is 0, rows of one cluster being dependent; made for 1e5 cells at once.
 
     The variance is the cluster-robust one (Liang & Zeger 1986) with the factor G / (G - 1), and t has G - 1 degrees
-    of freedom for G clusters. A cell that is 0 in every row has t = 0 and p = 1.
+    of freedom for G clusters. A cell that is 0 in every row has p = 1.
     """
     labels, code = np.unique(cluster, return_inverse=True)
     n_clusters, n_rows = len(labels), len(values)
@@ -140,15 +128,11 @@ def clustered_t(values: Float[np.ndarray, "row cell"], cluster: Shaped[np.ndarra
     se = np.sqrt(n_clusters / (n_clusters - 1) * (residual**2).sum(0)) / n_rows
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.where(mean == 0, 0.0, mean / se)
-    return ClusteredT(mean, se, t, 2 * st.t.sf(abs(t), n_clusters - 1), n_clusters - 1)
+    return ClusteredT(mean, se, 2 * st.t.sf(abs(t), n_clusters - 1), n_clusters - 1)
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """Wilson (1927) 95 % interval of a proportion of independent trials.
-
-    >>> [round(limit, 3) for limit in wilson(0, 10)]
-    [0.0, 0.278]
-    """
+    """Wilson (1927) 95 % interval of a proportion of independent trials."""
     low, high = proportion_confint(successes, n, alpha=1 - 0.95, method="wilson")
     return float(low), float(high)
 

@@ -1,7 +1,6 @@
 """Statistics of a defence: paired changes in rates, what the refitting of directions adds, and what n can detect.
 
-Rates are reported in percentage points. The same prompts answer with and without steering, so every comparison is
-paired; prompts of one topic are not independent, so topics are drawn.
+The same prompts answer with and without steering, so comparisons are paired; topics are drawn, not prompts.
 """
 
 from __future__ import annotations
@@ -21,8 +20,6 @@ from companion.base.errors import InputError
 from companion.stats.bootstrap import interval
 from companion.stats.clusters import Statistic, cluster_sums, mean, ratio, wilson
 
-Z = float(st.norm.ppf(0.975))
-
 
 @dataclass(frozen=True)
 class Change:
@@ -37,11 +34,7 @@ class Change:
 
 
 def mean_change(values: Float[np.ndarray, "prompt"], topic: Shaped[np.ndarray, "prompt"]) -> Change:
-    """Mean of per-prompt values with a BCa interval over topics, in the unit of the values.
-
-    >>> mean_change(np.full(80, 0.5), np.arange(80) // 2)
-    Change(estimate=0.5, low=0.5, high=0.5, n=80, n_topics=40, p=nan)
-    """
+    """Mean of per-prompt values with a BCa interval over topics, in the unit of the values."""
     return _change({"value": np.asarray(values, dtype=float)}, topic, mean)
 
 
@@ -64,11 +57,6 @@ def rate_change(
 
     The limits are the wider of two: the bootstrap over topics, which knows that prompts of a topic are alike but calls
     nothing seen nothing possible, and Newcombe's score interval, which does not.
-
-    >>> none = np.zeros(400, dtype=bool)
-    >>> change = rate_change(none, none, np.arange(400))
-    >>> change.estimate, round(change.high, 2)
-    (0.0, 0.95)
     """
     p = float(mcnemar(_paired_counts(before, after), exact=True).pvalue)
     boot = mean_change(100 * (after.astype(float) - before.astype(float)), topic)
@@ -101,13 +89,10 @@ def newcombe(before: Bool[np.ndarray, "prompt"], after: Bool[np.ndarray, "prompt
 
 
 def with_refits(change: Change, refits: Sequence[float]) -> Change:
-    """The interval widened by how the estimate varies when the directions are fitted anew.
-
-    Squares of the two errors add: the interval's own half-lengths (test topics), and the spread over refits (fitting prompts).
-    """
+    """The interval widened by the spread of the estimate over refits of the directions: squares of the two errors add."""
     if len(refits) < 2:
         raise InputError(f"{len(refits)} refits: their spread needs at least 2")
-    more = Z * float(np.std(refits, ddof=1))
+    more = float(st.norm.ppf(0.975)) * float(np.std(refits, ddof=1))
     low = change.estimate - float(np.hypot(change.estimate - change.low, more))
     return replace(change, low=low, high=change.estimate + float(np.hypot(change.high - change.estimate, more)))
 
@@ -123,19 +108,14 @@ def holm(p: Sequence[float]) -> Float[np.ndarray, "test"]:
 
 
 def rank_p(effect: float, null: Float[np.ndarray, "draw"]) -> float:
-    """One-sided p-value of an effect among random draws, the effect counted among them: (1 + #) / (1 + draws).
-
-    >>> round(rank_p(3.0, np.arange(100.0)), 3)
-    0.97
-    """
+    """One-sided p-value of an effect among random draws, the effect counted among them: (1 + #) / (1 + draws)."""
     return float((1 + np.sum(np.asarray(null) >= effect)) / (1 + len(null)))
 
 
 def detectable(values: Float[np.ndarray, "prompt"], topic: Shaped[np.ndarray, "prompt"]) -> float:
     """The smallest mean change that the test has a power of 0.8 to see at 5 %, in the unit of the values.
 
-    Topics are the units: their means' spread and their number enter the power of a t-test. Values that do not vary at
-    all tell nothing about it (nan).
+    Topics are the units of the t-test whose power it is. Values that do not vary tell nothing about it (nan).
     """
     means = pd.Series(np.asarray(values, dtype=float)).groupby(np.asarray(topic)).mean()
     spread = float(means.std(ddof=1)) if len(means) > 2 else 0.0
