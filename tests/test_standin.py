@@ -268,7 +268,7 @@ def test_bfloat16_comes_back_as_float32_and_sums_keep_their_order(place: torch.d
 
 def test_what_asks_a_gpu_before_the_notebooks_does_so_in_another_process(place, monkeypatch) -> None:
     done = []
-    monkeypatch.setattr(settings, "apart", lambda found, given: done.append(found["DEVICE"]) or found["MODEL"])
+    monkeypatch.setattr(settings, "apart", lambda do, found, given: done.append(found["DEVICE"]) or found["MODEL"])
     monkeypatch.setattr(settings, "known", lambda found, given: found)
     before = standin.MEMORY.held
     found = {"MODEL": "ORG/MODEL", "PROMPTS": "embedded", "DEVICE": "standin", "DTYPE": "float32"}
@@ -278,7 +278,7 @@ def test_what_asks_a_gpu_before_the_notebooks_does_so_in_another_process(place, 
 
 def test_the_other_process_gives_its_result_and_its_errors_back(monkeypatch) -> None:
     found = {"MODEL": "embedded", "PROMPTS": "embedded", "DEVICE": "cpu", "DTYPE": "float32"}
-    assert settings.apart(found, None) == "embedded"
+    assert settings.apart(settings._fetched, found, None) == "embedded"
     monkeypatch.setenv(hub.JUDGE, "no/such+judge")
     with pytest.raises(Exception, match="judge"):
-        settings.apart(found, None)
+        settings.apart(settings._fetched, found, None)

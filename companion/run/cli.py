@@ -249,7 +249,7 @@ def run_command(flags: argparse.Namespace) -> int:
     numbers = runner.with_needs(chosen, plan.paths)
     asked = [plan.parameters[name] for name in ("MODEL", "PROMPTS", "PAIRS", "PROFILE")]
     if asked[:2] != ["embedded", "embedded"] and plan.stale & set(numbers):
-        print(*settings.check_pairs(*asked), sep="\n", flush=True)
+        print(*settings.apart(settings.check_pairs, *asked), sep="\n", flush=True)
     if not shards.measure_shards(plan, numbers, flags):
         print("not every shard finished; what did is kept, and the same command goes on from there", file=sys.stderr)
         return 1

@@ -12,10 +12,11 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from companion.base import folders, hub, paths, smollm2
 from companion.base.errors import InputError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from companion.prompts.public import Request, Wrapper
 
 RESERVED = ("embedded", smollm2.NAME, *smollm2.refusers())  # runs whose results are in the repository
+Made = TypeVar("Made")
 LONGEST = 90  # characters of a name that nobody chose
 
 
@@ -156,19 +158,22 @@ def fetched(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
     if folders.split_adapter(found["MODEL"])[0] == smollm2.NAME:
         smollm2.fetch_smollm2()
     asks = folders.is_on_hub(found["MODEL"]) or is_public_set(found["PROMPTS"]) or os.environ.get(hub.JUDGE)
-    do = apart if asks and found["DEVICE"] != "cpu" else _fetched  # its end gives a GPU's memory back to the notebooks
+    do = partial(apart, _fetched) if asks and found["DEVICE"] != "cpu" else _fetched
     return known({**found, "MODEL": do(dict(found), given)}, given)
 
 
-def apart(found: dict[str, Any], given: str | None) -> str:
-    """`_fetched` in a process of its own; what it prints is seen as it comes, and Ctrl-C here ends it."""
+def apart(do: Callable[..., Made], *given: Any) -> Made:
+    """What `do` returns, from a process of its own, whose end gives its memory back to the notebooks.
+
+    What it prints is seen as it comes, and Ctrl-C here ends it.
+    """
     import multiprocessing
 
     with multiprocessing.get_context("spawn").Pool(1, _become_a_part) as pool:
-        model: str = pool.apply(_fetched, (found, given))
+        made = pool.apply(do, given)
         pool.close()
         pool.join()
-    return model
+    return made
 
 
 def _become_a_part() -> None:
