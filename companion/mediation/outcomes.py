@@ -72,7 +72,7 @@ def opener_weights(
     for some in memory.vocabulary_blocks(subject, len(control), 2) if is_large else [slice(None)]:
         runs = [_opener_logits(subject, resid[some], openers, None) for resid in (control, treated)]
         camps.append([(at.softmax(-1) + at1.softmax(-1)) / 2 for at, at1 in zip(*runs, strict=True)])
-    comply, refuse = (torch.cat(parts) for parts in zip(*camps, strict=True))
+    comply, refuse = map(torch.cat, zip(*camps, strict=True))
     return comply, refuse
 
 
@@ -102,7 +102,7 @@ def opener_probabilities(
         probabilities = readout.logits(subject, resid[some]).double().softmax(-1)
         refuse = probabilities[..., list(openers.refuse)].sum(-1)
         camps.append([1 - refuse if openers.rest else probabilities[..., list(openers.comply)].sum(-1), refuse])
-    comply, refuse = (torch.cat(parts) for parts in zip(*camps, strict=True))
+    comply, refuse = map(torch.cat, zip(*camps, strict=True))
     return comply, refuse
 
 
@@ -110,15 +110,14 @@ def continuations(
     subject: Subject, control: Int[Tensor, "pair pos"], treated: Int[Tensor, "pair pos"], openers: Sequence[Openers],
     steps: int = STEPS,
 ) -> tuple[Text, Text]:  # fmt: skip
-    """The model's own answer and refusal to each pair, for Y2; `openers` are those of each pair.
+    """The model's own answer and refusal to each pair, for Y2, without steps that are padding everywhere; `openers` a pair.
 
     The answer opens with the likeliest comply token after the treated prompt, the refusal with the likeliest refuse
     token after the control prompt; both go on greedily, and serve both prompts of a pair.
     """
     camps = [*(one.comply for one in openers), *(one.refuse for one in openers)]
-    texts, masks = opened_with(subject, torch.cat([treated, control]), camps, steps)
-    halves = zip(texts.split(len(openers)), masks.split(len(openers)), strict=True)
-    # Without the steps that are padding in every row.
+    both = opened_with(subject, torch.cat([treated, control]), camps, steps)
+    halves = zip(*(part.split(len(openers)) for part in both), strict=True)
     answer, refusal = ((text[:, mask.any(0)], mask[:, mask.any(0)]) for text, mask in halves)
     return answer, refusal
 
@@ -155,10 +154,7 @@ def sequence_log_prob(
 def forced_run(
     subject: Subject, prompt: Int[Tensor, "pair pos"], text: Text, beside: Sequence[Int[Tensor, "pair pos"]] = ()
 ) -> CleanRun:
-    """The clean run of a prompt with a given text behind it, but for the text's last token, behind which nothing is read.
-
-    What the prompts `beside` it share with it is computed once.
-    """
+    """The clean run of a prompt and a text, without its last token; what prompts `beside` it share with it is computed once."""
     shared = activations.shared_prefix(subject, prompt, *beside)
     return activations.clean_run(subject, torch.cat([prompt, text[0][:, :-1]], dim=1), shared=shared)
 

@@ -72,8 +72,7 @@ def positive_cells(discover: pd.DataFrame, columns: pd.DataFrame, value: str = "
 
     Cells that are noise around 0 would put noise into the denominator of a share.
     """
-    keys = [name for name in columns.columns if name != "value"]
-    positive = {}
+    keys, positive = [name for name in columns.columns if name != "value"], {}
     for cell, part in discover.groupby(keys):
         test = clusters.clustered_t(part[[value]].to_numpy(), part["topic"].to_numpy())
         positive[cell] = bool(test.mean[0] > 0 and test.p[0] / 2 < 0.05)
@@ -98,12 +97,9 @@ def _share(
     `scale` (indexed by site, layer) divides each cell before it is summed (see `study.normalisations`). None if discover or
     test has fewer than two topics, or no cell is positive on discover.
     """
-    if not enough(table):
-        return None
     test, keys = table[table.split == "test"], ["site", "layer"]
     cells = test[keys].drop_duplicates().sort_values(keys)
-    positive = positive_cells(table[table.split == "discover"], cells, value)
-    if not positive.any():
+    if not enough(table) or not (positive := positive_cells(table[table.split == "discover"], cells, value)).any():
         return None
     weight = positive.astype(float)
     if scale is not None:
@@ -198,10 +194,7 @@ def enough(table: pd.DataFrame) -> bool:
 
 
 def cell_means(table: pd.DataFrame, value: str = "nie", by: Sequence[str] = ("site", "layer")) -> pd.DataFrame:
-    """Mean effect of every cell over all pairs of the table, with intervals and a simultaneous band (`max_t_band`).
-
-    Columns: `by`, estimate, low, high, band_low, band_high, in the unit of the outcome.
-    """
+    """Mean effect of every cell with intervals and a simultaneous band: `by`, estimate, low, high, ..., band_low, band_high."""
     sums = clusters.cluster_sums(table, value, by=by)
     estimates = interval(sums, clusters.mean)
     low, high = bootstrap.max_t_band(estimates)

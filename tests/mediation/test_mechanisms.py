@@ -12,7 +12,7 @@ from oracles import cue_study, true_float64
 
 from companion.calibration.localise import decider
 from companion.evidence import layers
-from companion.mediation import mechanisms, study, summaries, tokens
+from companion.mediation import mechanisms, study, summaries
 from companion.mediation.study import Study
 from companion.model import activations, interventions
 from companion.model.activations import on_output
@@ -149,7 +149,7 @@ def this() -> Study:
 
 def test_the_map_of_one_pair_has_the_cue_before_the_head_reads_it_and_the_last_token_after(this: Study) -> None:
     pair = this.pairs[0]
-    found = tokens.position_effects(this, pair, ["resid_post"]).set_index(["layer", "position"])
+    found = mechanisms.position_effects(this, pair, ["resid_post"]).set_index(["layer", "position"])
     cue, last = int(np.flatnonzero(pair.control != pair.treated)[0]), len(pair.control) - 1
     for layer in range(N_LAYERS):
         known = {cue: float(layer < 1), last: float(layer >= 1)}
@@ -158,22 +158,22 @@ def test_the_map_of_one_pair_has_the_cue_before_the_head_reads_it_and_the_last_t
     shown, earliest = found.loc[0, "token"], found.loc[0, "earliest"]
     assert shown[cue] == "off/on" and shown[last] == "<assistant>"
     assert (earliest == 0).all() and found.loc[0].index.min() == cue  # nothing reaches a token before
-    assert tokens.earliest_by_group(this, "T2")["system"] == N_LAYERS
-    names = tokens.position_groups(this)
+    assert mechanisms.earliest_by_group(this, "T2")["system"] == N_LAYERS
+    names = mechanisms.position_groups(this)
     assert names[0] == "system" and names[-1] == "last" and not set(names) & {"wrapper", "differ", "all"}
 
 
 def test_the_map_holds_test_pairs_alone_and_fewer_layers_where_each_is_costly() -> None:
     this = study.begin("embedded", "embedded", "own", profile="smoke")
     costly = dataclasses.replace(this, is_costly=True, is_smoke=False)
-    whole, few = (tokens.token_effects(one, ["T1", "T2"]) for one in (this, costly))
+    whole, few = (mechanisms.token_effects(one, ["T1", "T2"]) for one in (this, costly))
     is_test = few.split == "test"
     assert set(few.layer[is_test]) == {0, 2, 5} and set(whole.layer[whole.split == "test"]) == set(range(6))
     assert (few[~is_test].groupby("pair_id").size() == 1).all() and {"T1", "T2"} == set(few.treatment)
     both = few[is_test].merge(whole, on=["pair_id", "layer", "position"], suffixes=("", "_all"))
     assert len(both) == is_test.sum()
     np.testing.assert_allclose(both[["nie0", "nie1"]], both[["nie0_all", "nie1_all"]], atol=1e-5)
-    shares = tokens.group_shares(costly, few, "T2")
+    shares = mechanisms.group_shares(costly, few, "T2")
     part = few[is_test & (few.treatment == "T2") & (few.layer == 2) & (few.position == "wrapper")]
     of_wrapper = shares[shares.group == "wrapper"].set_index("layer").estimate
     assert of_wrapper[2] == pytest.approx((part.nie0 + part.nie1).sum() / 2 / part.te.sum())
@@ -201,7 +201,7 @@ def test_cells_that_a_token_reaches(family: str, attention: str | None) -> None:
     visible = activations.visible_keys(activations.clean_run(subject, ids))
     for position in (0, 5, 12, 13):
         differ = np.arange(N_POS) == position
-        assert (changed(subject, ids, position) == tokens.reached(visible, differ)).all()
+        assert (changed(subject, ids, position) == mechanisms.reached(visible, differ)).all()
 
 
 def test_earliest_layers_of_pairs() -> None:
@@ -212,7 +212,7 @@ def test_earliest_layers_of_pairs() -> None:
         pair.treated[last] = (pair.control[last] + 1) % 61
     sides = [torch.tensor(np.stack([getattr(pair, side) for pair in pairs])) for side in ("control", "treated")]
     runs = [activations.clean_run(subject, ids) for ids in sides]
-    found = tokens.earliest_layers(runs[0], pairs)
+    found = mechanisms.earliest_layers(runs[0], pairs)
     assert found == [1, 1, 0, -1, 0]
     differ = torch.stack([(a != b).any(-1)[:, -1] for a, b in zip(runs[0].resid_post, runs[1].resid_post, strict=True)])
     assert [int(row.long().argmax()) for row in differ.T[:3]] == found[:3]
