@@ -37,12 +37,9 @@ WRAPPER_HARM, HARM_WRAPPER = "gate by wrapper x up by harm", "gate by harm x up 
 # By experiment (a form of `clamping.four_cells` or `twin_cells`): what stands in the tables. Below the last layer the
 # experiment "upstream" is form c.
 FORMS = {
-    "upstream": "a: last layer, prompt x set",
-    "inside": "b: gate x up",
-    WRAPPER_HARM: f"b: {WRAPPER_HARM}",
-    HARM_WRAPPER: f"b: {HARM_WRAPPER}",
-    "below": "c: below the last layer, prompt x set",
-}
+    "upstream": "a: last layer, prompt x set", "inside": "b: gate x up", WRAPPER_HARM: f"b: {WRAPPER_HARM}",
+    HARM_WRAPPER: f"b: {HARM_WRAPPER}", "below": "c: below the last layer, prompt x set",
+}  # fmt: skip
 VARIANTS = {"main": "Y1", "norm frozen": "Y1.frozen", "linear read-out": "contrast.frozen"}
 
 
@@ -50,8 +47,8 @@ VARIANTS = {"main": "Y1", "norm frozen": "Y1.frozen", "linear read-out": "contra
 class GateIndex:
     """A gate index: `signed` with its interval (negative: one of several would do, an OR), and its absolute value.
 
-    `at_stake` is |y11 - y00| over |TE|, and `own` the larger of the set's two effects over |TE|, both on discover (inside
-    a neuron, where both switches belong to the set, the two are the same).
+    On discover, over |TE|, `at_stake` is |y11 - y00|, and `own` the larger of the set's two effects (inside a neuron, where
+    both switches belong to the set, the two are the same).
     """
 
     signed: bootstrap.Estimates
@@ -97,13 +94,13 @@ def gate_index(part: pd.DataFrame) -> GateIndex | None:
     signed = None if discover.empty else ratio_of_means(both, "interaction", "span")
     if signed is None:
         return None
-    middle, low, high = absolute(signed.estimate[0], signed.low[0], signed.high[0])
+    middle, low, high = map(float, absolute(signed.estimate[0], signed.low[0], signed.high[0]))
     means = discover[[*CELLS, "te"]].mean()
     unit = max(abs(float(means.te)), float(np.finfo(float).tiny))
     at_stake = abs(means.y11 - means.y00) / unit
     own = max(abs(means.y01 - means.y00), abs(means.y11 - means.y10)) / unit
     own = own if part.form.isin(["upstream", "write"]).all() else at_stake
-    return GateIndex(signed, float(middle), float(low), float(high), at_stake, own, len(test))
+    return GateIndex(signed, middle, low, high, at_stake, own, len(test))
 
 
 def ratio_of_means(part: pd.DataFrame, top: str, bottom: str) -> bootstrap.Estimates | None:
@@ -135,10 +132,9 @@ def readout_share(table: pd.DataFrame, treatment: str, name: str, split: str = "
 
 
 def benign_share(table: pd.DataFrame, treatment: str, name: str, benign: list[str]) -> bootstrap.Estimates | None:
-    """Mean |effect| of the set on benign behaviours over its |effect| on harm, in log-odds.
+    """Mean |effect| of the set on benign behaviours (None: there are none) over its |effect| on harm, in log-odds.
 
     Each effect gets the sign that it has on discover, so that on test noise around zero is not counted as an effect.
-    None where the prompt set has no benign behaviour.
     """
     parts = []
     for column in [treatment, *benign]:
@@ -162,10 +158,9 @@ def timing_share(table: pd.DataFrame, treatment: str, name: str) -> bootstrap.Es
 
 def perplexity_ratio(table: pd.DataFrame, name: str) -> bootstrap.Estimates | None:
     """Perplexity of the model's own benign answers with the set closed over that without: exp of nats per token."""
-    chosen = table[table["set"] == name]
+    chosen, per_token = table[table["set"] == name], clusters.ratio([1, 0], [0, 1])
     if chosen.empty:
         return None
-    per_token = clusters.ratio([1, 0], [0, 1])
     sums = clusters.cluster_sums(chosen, ["lost", "n_tokens"])
     return interval(sums, lambda total, count: np.exp(per_token(total, count)))
 
@@ -231,9 +226,8 @@ def sets_of(study: Study, table: pd.DataFrame, treatment: str) -> dict[str, Neur
     layers = rows.assign(moves=(rows.nie0 != 0) | (rows.nie1 != 0)).groupby("layer")["moves"].agg(["size", "any"])
     found = {}
     for layer in layers.index[layers["any"] & (layers["size"] >= size)].tolist():
-        chosen = tuple(ranking(table, treatment, layer)[:size].tolist())
         name = LAST if layer == last else f"layer {layer}"
-        found[name] = NeuronSet(name, layer, chosen)
+        found[name] = NeuronSet(name, layer, tuple(ranking(table, treatment, layer)[:size].tolist()))
     if LAST in found:
         found[WHOLE] = NeuronSet(WHOLE, last, tuple(range(d_mlp)))
     return found
@@ -241,9 +235,8 @@ def sets_of(study: Study, table: pd.DataFrame, treatment: str) -> dict[str, Neur
 
 def gate_forms(cells: pd.DataFrame, sets: dict[str, NeuronSet], primary: str) -> tuple[GateForm, ...]:
     """Every form on the sets that it is for, and each benign behaviour's own set in forms a and b."""
-    below = [name for name in sets if name not in (LAST, WHOLE)]
     found = [_gate_form(cells, form, name, primary) for form in FORMS if form != "below" for name in (LAST, WHOLE)]
-    lower = [one for name in below if (one := _gate_form(cells, "below", name, primary))]
+    lower = [one for name in sets if name not in (LAST, WHOLE) and (one := _gate_form(cells, "below", name, primary))]
     best = max(lower, key=lambda one: (one.main.is_defined, *one.rank), default=None)
     benign = sorted(name for name in set(cells.treatment) if name.startswith("B"))
     own = [_gate_form(cells, form, f"own {name}", name) for form in ("upstream", "inside") for name in benign]
@@ -286,16 +279,13 @@ def gate_tests(rows: pd.DataFrame) -> pd.DataFrame:
     """One row a test and set: number, interval, whether it passes, what it can and cannot show. From rows of C5b."""
     made = []
     for quantity, test, rule, can, cannot in TESTS:
-        found = rows[(rows.quantity == quantity) & rows.variant.isin(list(SETS))]
-        for one in found.itertuples():
+        for one in rows[(rows.quantity == quantity) & rows.variant.isin(list(SETS))].itertuples():
             signed = rows[(rows.quantity == f"{quantity}, signed") & (rows.variant == one.variant)]
             low, high = one.ci_low, one.ci_high
             passes = {
                 "gate index": low >= GATE_LOW and len(signed) > 0 and bool((signed.ci_low > 0).all()),
-                "benign share": high <= BENIGN_SHARE,
-                "perplexity ratio": high <= PERPLEXITY,
-                "readout share": high < READOUT,
-            }
+                "benign share": high <= BENIGN_SHARE, "perplexity ratio": high <= PERPLEXITY, "readout share": high < READOUT,
+            }  # fmt: skip
             state = {True: "passes", False: "does not pass", None: "reported"}[passes.get(quantity)]
             numbers = (one.estimate, low, high)
             made.append((f"{test}: {quantity}", SETS[str(one.variant)], *numbers, rule, state, can, cannot, one.note))
