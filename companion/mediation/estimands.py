@@ -161,10 +161,7 @@ def measure_effects(
     subject: Subject, pairs: Sequence[TokenPair], openers: Mapping[str, Openers], wanted: Sequence[Mediator],
     names: Sequence[str] = ("Y1",),
 ) -> pd.DataFrame:  # fmt: skip
-    """Tidy table of the four cells and their estimands: one row for each pair, mediator and outcome.
-
-    `names` are those of `outcomes.named_outcome`; with the norm frozen in all four cells, direct effects add up.
-    """
+    """The four cells and their estimands, a row for each pair, mediator and outcome (`names`: see `outcomes.named_outcome`)."""
     asked, groups = dict.fromkeys(names, wanted), progress(batches(pairs, subject), desc="mediation")
     tables = (batch_effects(subject, run_clean(subject, group), openers, asked) for group in groups)
     return pd.concat(tables, ignore_index=True)

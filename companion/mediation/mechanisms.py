@@ -147,10 +147,7 @@ def held_residuals(
 
 
 def path_effects(study: Study) -> pd.DataFrame:
-    """Effect of the last token's residual stream after each layer, in the ways of `HELD` (column `site`).
-
-    Rows for T2 and T2b, with T2 - T2b behind them, or for the first treatment where there is no T2.
-    """
+    """Effect of the last token's residual stream after each layer, `site` in `HELD`: T2, T2b, T2 - T2b or the first treatment."""
     subject, tables = study.subject, []
     layers, own = range(subject.n_layers), ("T2", "T2b") if study.of("T2") else study.treatments[:1]
     wanted = [Mediator(name, layer) for layer in layers for name in HELD]
@@ -166,10 +163,7 @@ def path_effects(study: Study) -> pd.DataFrame:
 def path_shares(
     table: pd.DataFrame, layer: int, value: str = "nie", paths: Mapping[str, Mapping[str, int]] = PATHS
 ) -> Quantity | None:
-    """Each path's share of the whole effect of one layer's residual stream, on test: a ratio of means over pairs.
-
-    `table` holds signed effects of one treatment and outcome. None where that has no positive effect on discover.
-    """
+    """Each path's share of the effect of one layer's residual stream on test; None where that is not positive on discover."""
     at = table[table.layer == layer]
     if not at.loc[(at.split == "discover") & (at.site == "live"), value].mean() > 0:
         return None

@@ -64,10 +64,7 @@ def contrast(
 def opener_weights(
     subject: Subject, control: Float[Tensor, "... d"], treated: Float[Tensor, "... d"], openers: Openers
 ) -> tuple[Float[Tensor, "... comply"], Float[Tensor, "... refuse"]]:
-    """Weights that make `contrast` follow Y1: each opener's share of its kind, averaged over a pair's two clean runs.
-
-    They are the gradient of the log-sum-exp at both ends of the pair, averaged (the trapezoid rule).
-    """
+    """Weights that make `contrast` follow Y1: each opener's share of its kind (Y1's gradient), the mean of both clean runs."""
     is_large, camps = openers.rest and control.ndim > 1, []  # a weight a pair for nearly every token
     for some in memory.vocabulary_blocks(subject, len(control), 2) if is_large else [slice(None)]:
         runs = [_opener_logits(subject, resid[some], openers, None) for resid in (control, treated)]
@@ -93,10 +90,7 @@ def named_outcome(
 def opener_probabilities(
     subject: Subject, resid: Float[Tensor, "pair d"], openers: Openers
 ) -> tuple[Float[Tensor, "pair"], Float[Tensor, "pair"]]:
-    """Probabilities of opening with any comply and with any refuse token, over the full vocabulary.
-
-    Their sum says how much of the model's behaviour Y1 sees; below 0.8 it sees too little.
-    """
+    """Probabilities of any comply and of any refuse opener among all tokens; with a sum below 0.8 Y1 sees too little."""
     camps = []
     for some in memory.vocabulary_blocks(subject, len(resid), 1):
         probabilities = readout.logits(subject, resid[some]).double().softmax(-1)

@@ -42,10 +42,7 @@ class Sweep:
 
 
 def run_sweep(study: Study, name: str) -> Tables:
-    """The whole sweep: parts that shards of this run have left are read, other batches are measured here.
-
-    Only a run that was sharded has a folder for parts; it then keeps what is measured here, too.
-    """
+    """The whole sweep: parts that shards left are read, other batches measured, and kept if the run has a folder for parts."""
     kept = (paths.RESULTS / paths.check_slug(study.slug) / paths.PARTS).is_dir()
     groups, folder = sweep_batches(study, name), part_folder(study, name) if kept else None
     found = [_part(study, name, group, i, folder) for i, group in enumerate(progress(groups, desc=name))]

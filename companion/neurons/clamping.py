@@ -61,10 +61,7 @@ class Product:
 
 @dataclass(frozen=True)
 class LastLayerCache:
-    """The last layer of both clean runs of one treatment's pairs at the last token, as runs of a single token.
-
-    `factors` of its neurons (control, treated): None where they were not asked for or neurons are no products.
-    """
+    """The last layer of both clean runs at the last token, as runs of a single token; `factors` (control, treated), if known."""
 
     batch: Batch
     factors: tuple[Product, Product] | None

@@ -81,10 +81,7 @@ def _replayed(
 def last_layer_log_odds(
     subject: Subject, base: CleanRun, source: CleanRun, openers: Openers
 ) -> Float[Tensor, "pair neuron"]:
-    """log p(any comply token) - log p(any refuse token) after each neuron's patch, in log-odds (float64).
-
-    Refusals against all other tokens are replayed; where the model `is_closed`, `last_layer_both_ways` needs no replay.
-    """
+    """log p(any comply) - log p(any refuse token) after each neuron's patch (float64); refusals against the rest are replayed."""
     if openers.rest:
         return _replayed(subject, base, source, partial(readout.log_odds_against_rest, subject, rows=openers.refuse))
     rows, n_comply = subject.tensor([*openers.comply, *openers.refuse]), len(openers.comply)

@@ -70,10 +70,7 @@ def sizes(d_mlp: int, every: int = EVERY) -> Int[np.ndarray, "size"]:
 
 @torch.no_grad()
 def joint(subject: Subject, states: FinalStates, members: Int[np.ndarray, "set member"]) -> PairEffects:
-    """NIE0 and NIE1 of each set of last-layer neurons, its members swapped together at the last token.
-
-    Raises InputError if a set names a neuron twice or one that is not there.
-    """
+    """NIE0 and NIE1 of each set of different last-layer neurons (else InputError), swapped together at the last token."""
     members = np.asarray(members)
     is_double = members.ndim != 2 or bool((np.diff(np.sort(members, axis=1), axis=1) == 0).any())
     if is_double or members.min() < 0 or members.max() >= subject.d_mlp:
@@ -129,10 +126,7 @@ def cumulative(
 
 @torch.no_grad()
 def whole_layer(subject: Subject, states: FinalStates, is_frozen: bool = False) -> PairEffects:
-    """NIE0 and NIE1 of all last-layer neurons together, the MLP's whole output; a single column.
-
-    With `is_frozen` the final norm keeps the scale of the control run in all four cells, TE's too.
-    """
+    """NIE0 and NIE1 of all last-layer neurons together, one column; `is_frozen`: norm's scale of the control run, TE's too."""
     like = states.resid[0] if is_frozen else None
     write = (states.neurons[1] - states.neurons[0]) @ last_layer_vectors(subject)
     cells = [*states.resid]

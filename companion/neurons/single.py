@@ -152,10 +152,7 @@ def passing(rows: pd.DataFrame) -> Bool[np.ndarray, "row"]:
 
 
 def ranking(rows: pd.DataFrame, treatment: str, layer: int) -> Int[np.ndarray, "neuron"]:
-    """Neurons of a layer from a neuron table, the largest |mean NIE| on discover first.
-
-    By size and not by sign: by sign, hundreds of tiny positive means would be added up before the first negative one.
-    """
+    """Neurons of a layer, the largest |mean NIE| on discover first; by sign, hundreds of tiny means would come early."""
     chosen = rows[(rows.treatment == treatment) & (rows.split == "discover") & (rows.layer == layer)]
     if chosen.empty:
         raise InputError(f"the neuron table has no rows of {treatment}, layer {layer}, on discover: run notebook 04")
