@@ -1,5 +1,7 @@
 """Gate or contributor: the four cells on models made by hand whose effects plain arithmetic knows."""
 
+from functools import partial
+
 import gate_models as gm
 import numpy as np
 import pandas as pd
@@ -8,6 +10,7 @@ from gate_models import CLOSE, TOKENIZER, YES_NO
 from models import cue_pairs, random_pairs, tiny_subject
 from oracles import clean_batch, tiny_study
 
+from companion.mediation import estimands
 from companion.mediation.estimands import CELLS, with_difference
 from companion.neurons import gating
 from companion.neurons.clamping import LastLayerCache, NeuronSet, four_cells, product
@@ -74,7 +77,7 @@ def test_inside_only_where_neurons_are_products(family: str, is_product: bool) -
         np.testing.assert_allclose(span, gating.set_effect(up), atol=1e-5)  # both factors moved: the set moved
 
 
-def test_cells_from_caches_are_those_of_runs() -> None:
+def test_cells_from_caches_are_those_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     study, caches = tiny_study(n=6), dict[str, LastLayerCache]()
     pairs, sets = study.of("T2", "T2b"), [NeuronSet("set", 3, (0, 2))]
     first, again = (four_cells(study.subject, pairs, study.openers, sets, caches=caches) for _ in range(2))
@@ -82,6 +85,9 @@ def test_cells_from_caches_are_those_of_runs() -> None:
     assert set(caches) == {"T2", "T2b"}
     fewer = four_cells(study.subject, study.of("T2")[:3], study.openers, sets, caches=caches)
     assert set(fewer.pair_id) == {"T2 0", "T2 1", "T2 2"}  # other pairs than are cached: they are run
+    monkeypatch.setattr(estimands, "batches", partial(estimands.batches, size=4))
+    joined = four_cells(study.subject, pairs, study.openers, sets, caches={})
+    pd.testing.assert_frame_equal(joined, first, atol=1e-9)
 
 
 TWINS = {
