@@ -18,12 +18,11 @@ from companion.generation import labels
 from companion.generation.decode import Answers, end_tokens
 from companion.mediation import mechanisms, outcomes
 from companion.mediation.estimands import run_clean
-from companion.mediation.mechanisms import shares_by_layer
+from companion.mediation.mechanisms import PAIRS, group_shares, shares_by_layer
+from companion.mediation.mechanisms import position_effects as map_of_pair
+from companion.mediation.mechanisms import token_effects as measure_groups
 from companion.mediation.study import Study
 from companion.mediation.summaries import primary, signed_contrast
-from companion.mediation.tokens import PAIRS, group_shares
-from companion.mediation.tokens import position_effects as map_of_pair
-from companion.mediation.tokens import token_effects as measure_groups
 from companion.prompts.tokens import TokenPair
 
 __all__ = ["STEPS", "end_tokens", "hand_over", "label", "map_of_pair", "measure_groups", "measure_paths",

@@ -2,6 +2,6 @@
 It stands on `companion.model` and measures only: what its numbers mean is judged in `companion.claims`.
 
 Public: study (a model with its pairs, control models, precision), estimands (cells and effects), outcomes (Y1, Y2), sweeps
-(whole prompt sets, parts on disk), summaries (shares and means with intervals), tokens (position groups, the light cone),
-mechanisms (where the decision is computed, what carries it on).
+(whole prompt sets, parts on disk), summaries (shares and means with intervals), mechanisms (where the decision is computed,
+what carries it on, which tokens hold it, the light cone).
 """

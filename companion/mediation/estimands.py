@@ -53,7 +53,7 @@ class Batch:
 
 
 def pair_key(one: TokenPair) -> tuple[str, str, str, str]:
-    """What names a pair in tables: the values of `PAIR_KEYS`."""
+    """The values of `PAIR_KEYS`."""
     return one.pair.id, one.pair.topic, one.pair.treatment, one.pair.split
 
 
@@ -76,20 +76,17 @@ def mediators(
     subject: Subject, sites: Iterable[str], groups: Iterable[str] = ("last",), layers: Iterable[int] | None = None
 ) -> list[Mediator]:
     """Every layer (or these) of every site at every position group; `head` and `head.direct` give one mediator a head."""
-    found, some = [], range(subject.n_layers) if layers is None else layers
-    for site, group, layer in itertools.product(sites, groups, some):
-        heads = range(subject.n_heads) if site.startswith("head") else (-1,)
-        found += [Mediator(site, layer, group, head) for head in heads]
-    return found
+    heads = {True: range(subject.n_heads), False: (-1,)}
+    cells = itertools.product(sites, groups, range(subject.n_layers) if layers is None else layers)
+    return [Mediator(site, at, group, i) for site, group, at in cells for i in heads[site.startswith("head")]]
 
 
 def batches(
     pairs: Sequence[TokenPair], subject: Subject | None = None, *, size: int = BATCH, mixed: bool = False, runs: int = 2
 ) -> list[list[TokenPair]]:
-    """Pairs grouped by treatment and token length, at most `size` together, or as many as the subject allows.
+    """Pairs grouped by treatment and token length (`mixed`: by length alone), at most `size`, or what the subject allows.
 
-    A pure function of the pairs, so that a rerun and a sharded run give the same bytes. `mixed` groups by length alone; `runs`
-    is how many clean runs are kept of a pair.
+    A pure function of the pairs, so that a rerun and a sharded run give the same bytes. Of each pair `runs` clean runs are kept.
     """
 
     def key(pair: TokenPair) -> tuple[str, int]:
@@ -112,7 +109,7 @@ def prompt_tokens(
 
 
 def run_clean(subject: Subject, pairs: Sequence[TokenPair], beside: Sequence[TokenPair] = ()) -> Batch:
-    """Both clean runs of pairs of one length, and of one treatment.
+    """Both clean runs of pairs of one length and treatment.
 
     Both compute the same shared tokens once, so that cells with the same tokens before them are equal bit for bit; so do
     those of other pairs, as many and as long, that are run with these `beside` them.
@@ -134,8 +131,7 @@ def user_header(subject: Subject) -> str:
 
 def patches(subject: Subject, batch: Batch, wanted: Sequence[Mediator]) -> list[Patch]:
     """The mediators as interventions on this batch: position groups become masks over the prompt's tokens."""
-    tokens, header = batch.control.tokens, user_header(subject)
-    masks: dict[str, Tensor] = {}
+    tokens, header, masks = batch.control.tokens, user_header(subject), dict[str, Tensor]()
     for name in {mediator.position for mediator in wanted}:
         prompt = torch.tensor(positions.stack(batch.pairs, header, name), device=tokens.device)
         masks[name] = torch.zeros_like(tokens, dtype=torch.bool)
@@ -152,31 +148,22 @@ def final_residuals(
     """Final residual stream at the last token for the cells 01 (control patched) and 10 (treated patched)."""
     made, runs = patches(subject, batch, wanted), (batch.control, batch.treated)
     shape, at_once = (len(batch.pairs), len(wanted), subject.d_model), pairs_at_once(subject, runs[0].tokens.shape[1])
-    cells = [torch.empty(shape, dtype=subject.dtype, device=subject.device) for _ in runs]
-    for is_direct in (False, True):
-        chosen = [i for i, mediator in enumerate(wanted) if mediator.site.endswith(".direct") == is_direct]
-        if not chosen:
-            continue
-        some = [made[i] for i in chosen]
-        if is_direct:
-            found = [replay.direct(subject, *order, some)[:, :, 0] for order in (runs, runs[::-1])]
-        else:
-            found = list(replay.both_ways(subject, *runs, some, some, at_once=at_once))
-        for cell, values in zip(cells, found, strict=True):
-            cell[:, chosen] = values
-    return cells[0], cells[1]
+    into, out = (torch.empty(shape, dtype=subject.dtype, device=subject.device) for _ in runs)
+    whole, direct = ([i for i, m in enumerate(wanted) if m.site.endswith(".direct") == kind] for kind in (False, True))
+    if some := [made[i] for i in whole]:
+        into[:, whole], out[:, whole] = replay.both_ways(subject, *runs, some, some, at_once=at_once)
+    if some := [made[i] for i in direct]:
+        into[:, direct], out[:, direct] = (replay.direct(subject, *way, some)[:, :, 0] for way in (runs, runs[::-1]))
+    return into, out
 
 
 def measure_effects(
     subject: Subject, pairs: Sequence[TokenPair], openers: Mapping[str, Openers], wanted: Sequence[Mediator],
     names: Sequence[str] = ("Y1",),
 ) -> pd.DataFrame:  # fmt: skip
-    """Tidy table of the four cells and their estimands: one row for each pair, mediator and outcome.
-
-    `names` are those of `outcomes.named_outcome`; with the norm frozen in all four cells, direct effects add up.
-    """
+    """The four cells and their estimands, a row for each pair, mediator and outcome (`names`: see `outcomes.named_outcome`)."""
     asked, groups = dict.fromkeys(names, wanted), progress(batches(pairs, subject), desc="mediation")
-    tables = [batch_effects(subject, run_clean(subject, group), openers, asked) for group in groups]
+    tables = (batch_effects(subject, run_clean(subject, group), openers, asked) for group in groups)
     return pd.concat(tables, ignore_index=True)
 
 
@@ -218,11 +205,10 @@ def whole_answer_effects(
     for text in outcomes.continuations(subject, *prompts, own):
         control, treated = (outcomes.forced_run(subject, prompt, text, beside=prompts) for prompt in prompts)
         made, cells = patches(subject, Batch(tuple(group), control, treated), wanted), {}
-        for name, run in (("y00", control), ("y11", treated)):
-            clean = run.resid_post[-1][:, outcomes.decided_at(run, text)]
-            cells[name] = to_host(outcomes.sequence_log_prob(subject, clean, text))[:, None]
-        for name, base, source in (("y01", control, treated), ("y10", treated, control)):
-            cells[name] = to_host(outcomes.patched_text_log_probs(subject, base, source, made, text))
+        for clean, moved, base, source in (("y00", "y01", control, treated), ("y11", "y10", treated, control)):
+            resid = base.resid_post[-1][:, outcomes.decided_at(base, text)]
+            cells[clean] = to_host(outcomes.sequence_log_prob(subject, resid, text))[:, None]
+            cells[moved] = to_host(outcomes.patched_text_log_probs(subject, base, source, made, text))
         texts.append(cells)
     answer, refusal = texts
     return with_estimands(tidy(group, wanted, "Y2", {cell: answer[cell] - refusal[cell] for cell in CELLS}))
@@ -233,8 +219,7 @@ def tidy(
 ) -> pd.DataFrame:
     """The cells, arrays [pair, mediator] or [pair, 1], as rows in the order pair, mediator."""
     columns: dict[str, Any] = {name: np.repeat(values, len(wanted)) for name, values in pair_columns(pairs).items()}
-    for name in ("site", "layer", "head", "position"):
-        columns[name] = np.tile(np.array([getattr(mediator, name) for mediator in wanted]), len(pairs))
+    columns |= {name: np.tile([getattr(one, name) for one in wanted], len(pairs)) for name in KEYS[:-1]}
     columns["outcome"] = outcome
     columns |= {name: np.broadcast_to(y, (len(pairs), len(wanted))).reshape(-1) for name, y in cells.items()}
     return pd.DataFrame(columns)
@@ -247,13 +232,11 @@ def with_difference(table: pd.DataFrame, twins: Mapping[str, str]) -> pd.DataFra
     so every estimand of the difference is the difference of the estimands; `joint` is the smaller of the two.
     """
     harmful, twin = table[table.treatment == "T2"], table[table.treatment == "T2b"]
-    keys = [name for name in (*KEYS, "set", "form") if name in table]
-    own, at = twin_rows(harmful, twin, twins, keys)
+    own, at = twin_rows(harmful, twin, twins, [name for name in (*KEYS, "set", "form") if name in table])
     if not len(own):
         return table
-    numbers = [name for name in (*CELLS, "te", "joint", "first", "every") if name in table]
     made = harmful.iloc[own].assign(treatment="T2-T2b")
-    for name in numbers:
+    for name in table.columns.intersection([*CELLS, "te", "joint", "first", "every"]):
         ours, theirs = harmful[name].to_numpy()[own], twin[name].to_numpy()[at]
         made[name] = np.minimum(ours, theirs) if name == "joint" else ours - theirs
     return pd.concat([table, with_estimands(made) if "nie0" in table else made], ignore_index=True)

@@ -64,15 +64,12 @@ def contrast(
 def opener_weights(
     subject: Subject, control: Float[Tensor, "... d"], treated: Float[Tensor, "... d"], openers: Openers
 ) -> tuple[Float[Tensor, "... comply"], Float[Tensor, "... refuse"]]:
-    """Weights that make `contrast` follow Y1: each opener's share of its kind, averaged over a pair's two clean runs.
-
-    They are the gradient of the log-sum-exp at both ends of the pair, averaged (the trapezoid rule).
-    """
+    """Weights that make `contrast` follow Y1: each opener's share of its kind (Y1's gradient), the mean of both clean runs."""
     is_large, camps = openers.rest and control.ndim > 1, []  # a weight a pair for nearly every token
     for some in memory.vocabulary_blocks(subject, len(control), 2) if is_large else [slice(None)]:
         runs = [_opener_logits(subject, resid[some], openers, None) for resid in (control, treated)]
         camps.append([(at.softmax(-1) + at1.softmax(-1)) / 2 for at, at1 in zip(*runs, strict=True)])
-    comply, refuse = (torch.cat(parts) for parts in zip(*camps, strict=True))
+    comply, refuse = map(torch.cat, zip(*camps, strict=True))
     return comply, refuse
 
 
@@ -93,16 +90,13 @@ def named_outcome(
 def opener_probabilities(
     subject: Subject, resid: Float[Tensor, "pair d"], openers: Openers
 ) -> tuple[Float[Tensor, "pair"], Float[Tensor, "pair"]]:
-    """Probabilities of opening with any comply and with any refuse token, over the full vocabulary.
-
-    Their sum says how much of the model's behaviour Y1 sees; below 0.8 it sees too little.
-    """
+    """Probabilities of any comply and of any refuse opener among all tokens; with a sum below 0.8 Y1 sees too little."""
     camps = []
     for some in memory.vocabulary_blocks(subject, len(resid), 1):
         probabilities = readout.logits(subject, resid[some]).double().softmax(-1)
         refuse = probabilities[..., list(openers.refuse)].sum(-1)
         camps.append([1 - refuse if openers.rest else probabilities[..., list(openers.comply)].sum(-1), refuse])
-    comply, refuse = (torch.cat(parts) for parts in zip(*camps, strict=True))
+    comply, refuse = map(torch.cat, zip(*camps, strict=True))
     return comply, refuse
 
 
@@ -110,15 +104,14 @@ def continuations(
     subject: Subject, control: Int[Tensor, "pair pos"], treated: Int[Tensor, "pair pos"], openers: Sequence[Openers],
     steps: int = STEPS,
 ) -> tuple[Text, Text]:  # fmt: skip
-    """The model's own answer and refusal to each pair, for Y2; `openers` are those of each pair.
+    """The model's own answer and refusal to each pair, for Y2, without steps that are padding everywhere; `openers` a pair.
 
     The answer opens with the likeliest comply token after the treated prompt, the refusal with the likeliest refuse
     token after the control prompt; both go on greedily, and serve both prompts of a pair.
     """
     camps = [*(one.comply for one in openers), *(one.refuse for one in openers)]
-    texts, masks = opened_with(subject, torch.cat([treated, control]), camps, steps)
-    halves = zip(texts.split(len(openers)), masks.split(len(openers)), strict=True)
-    # Without the steps that are padding in every row.
+    both = opened_with(subject, torch.cat([treated, control]), camps, steps)
+    halves = zip(*(part.split(len(openers)) for part in both), strict=True)
     answer, refusal = ((text[:, mask.any(0)], mask[:, mask.any(0)]) for text, mask in halves)
     return answer, refusal
 
@@ -155,10 +148,7 @@ def sequence_log_prob(
 def forced_run(
     subject: Subject, prompt: Int[Tensor, "pair pos"], text: Text, beside: Sequence[Int[Tensor, "pair pos"]] = ()
 ) -> CleanRun:
-    """The clean run of a prompt with a given text behind it, but for the text's last token, behind which nothing is read.
-
-    What the prompts `beside` it share with it is computed once.
-    """
+    """The clean run of a prompt and a text, without its last token; what prompts `beside` it share with it is computed once."""
     shared = activations.shared_prefix(subject, prompt, *beside)
     return activations.clean_run(subject, torch.cat([prompt, text[0][:, :-1]], dim=1), shared=shared)
 

@@ -45,10 +45,7 @@ def averaged(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def signed(table: pd.DataFrame, reference: pd.DataFrame | None = None) -> pd.DataFrame:
-    """`averaged` effects, each treatment and outcome signed by its TE on discover.
-
-    A subset is signed by the set it was taken from (`reference`): signed by itself it could never disagree.
-    """
+    """`averaged` effects, each treatment and outcome signed by its TE on discover; a subset by the whole (`reference`)."""
     source = table if reference is None else reference
     discover = source[source.split == "discover"]
     signs = np.sign(discover.groupby(["treatment", "outcome"])["te"].mean()).rename("sign").reset_index()
@@ -68,12 +65,8 @@ def unsaturated_ids(table: pd.DataFrame) -> set[str]:
 
 
 def positive_cells(discover: pd.DataFrame, columns: pd.DataFrame, value: str = "nie") -> Bool[np.ndarray, "column"]:
-    """Which cells are above 0 on discover (one-sided clustered t-test at 5 %), in the order of `columns`, which names them.
-
-    Cells that are noise around 0 would put noise into the denominator of a share.
-    """
-    keys = [name for name in columns.columns if name != "value"]
-    positive = {}
+    """Which cells (`columns`) are above 0 on discover (one-sided clustered t, 5 %): noise would spoil a share's denominator."""
+    keys, positive = [name for name in columns.columns if name != "value"], {}
     for cell, part in discover.groupby(keys):
         test = clusters.clustered_t(part[[value]].to_numpy(), part["topic"].to_numpy())
         positive[cell] = bool(test.mean[0] > 0 and test.p[0] / 2 < 0.05)
@@ -98,12 +91,9 @@ def _share(
     `scale` (indexed by site, layer) divides each cell before it is summed (see `study.normalisations`). None if discover or
     test has fewer than two topics, or no cell is positive on discover.
     """
-    if not enough(table):
-        return None
     test, keys = table[table.split == "test"], ["site", "layer"]
     cells = test[keys].drop_duplicates().sort_values(keys)
-    positive = positive_cells(table[table.split == "discover"], cells, value)
-    if not positive.any():
+    if not enough(table) or not (positive := positive_cells(table[table.split == "discover"], cells, value)).any():
         return None
     weight = positive.astype(float)
     if scale is not None:
@@ -183,10 +173,7 @@ def signed_contrast(
     table: pd.DataFrame, treatment: str | None = None, sites: Sequence[str] = COMPONENTS, *, outcome: str = "Y1",
     split: str | None = "test",
 ) -> pd.DataFrame:  # fmt: skip
-    """Effects of a treatment (None: the `primary` one) at the last token, signed by its TE on discover, with `nie` beside them.
-
-    `split` keeps one split's pairs (None: all). Direct sites are named as plain ones.
-    """
+    """Effects with `nie` at the last token, signed on discover: of a treatment (None: `primary`) and split (None: all)."""
     chosen = signed(select(table, treatment or primary(table), Variant("main", outcome=outcome), sites))
     chosen = chosen if split is None else chosen[chosen.split == split]
     return chosen.assign(site=chosen.site.str.removesuffix(".direct"))
@@ -198,10 +185,7 @@ def enough(table: pd.DataFrame) -> bool:
 
 
 def cell_means(table: pd.DataFrame, value: str = "nie", by: Sequence[str] = ("site", "layer")) -> pd.DataFrame:
-    """Mean effect of every cell over all pairs of the table, with intervals and a simultaneous band (`max_t_band`).
-
-    Columns: `by`, estimate, low, high, band_low, band_high, in the unit of the outcome.
-    """
+    """Mean effect of every cell with intervals and a simultaneous band: `by`, estimate, low, high, ..., band_low, band_high."""
     sums = clusters.cluster_sums(table, value, by=by)
     estimates = interval(sums, clusters.mean)
     low, high = bootstrap.max_t_band(estimates)
@@ -217,8 +201,5 @@ def share_of_te(table: pd.DataFrame, value: str = "nie", by: Sequence[str] = ("s
 
 
 def te_weighted(table: pd.DataFrame) -> pd.DataFrame:
-    """Every effect of a pair multiplied by the pair's own TE, so that shares become slopes: sum(TE NIE) / sum(TE TE).
-
-    They are defined where TE has either sign from pair to pair, as in an untrained network.
-    """
+    """Effects times the pair's own TE: shares become slopes sum(TE NIE) / sum(TE TE), defined where TE has either sign."""
     return table.assign(**{name: table[name] * table["te"] for name in ("nie", "nie0", "nie1")}, te=table["te"] ** 2)

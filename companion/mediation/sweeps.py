@@ -23,8 +23,8 @@ from companion.base.device import to_host
 from companion.base.display import progress
 from companion.base.thresholds import COMPONENTS, deepest_early_layer
 from companion.mediation import estimands, outcomes
+from companion.mediation.mechanisms import earliest_layers
 from companion.mediation.study import Study
-from companion.mediation.tokens import earliest_layers
 from companion.model import memory
 from companion.prompts import positions
 from companion.prompts.tokens import TokenPair
@@ -42,10 +42,7 @@ class Sweep:
 
 
 def run_sweep(study: Study, name: str) -> Tables:
-    """The whole sweep: parts that shards of this run have left are read, other batches are measured here.
-
-    Only a run that was sharded has a folder for parts; it then keeps what is measured here, too.
-    """
+    """The whole sweep: parts that shards left are read, other batches measured, and kept if the run has a folder for parts."""
     kept = (paths.RESULTS / paths.check_slug(study.slug) / paths.PARTS).is_dir()
     groups, folder = sweep_batches(study, name), part_folder(study, name) if kept else None
     found = [_part(study, name, group, i, folder) for i, group in enumerate(progress(groups, desc=name))]
@@ -89,11 +86,13 @@ def part_folder(study: Study, name: str) -> Path:
     kind = [str(subject.dtype), subject.device.type, subject.model.config._attn_implementation]
     arrays = ("control", "treated", "control_offsets", "treated_offsets")
     pairs = [repr((p.pair, *(getattr(p, array).tolist() for array in arrays))) for p in study.pairs]
-    openers = {treatment: asdict(one) for treatment, one in study.openers.items()}
+    openers, header = (
+        {treatment: asdict(one) for treatment, one in study.openers.items()},
+        estimands.user_header(subject),
+    )
     code = [files.hash_folder(folder, {}, "*.py") for folder in paths.CODE]
-    code_key = files.digest(code, files.hash_file(paths.ROOT / "requirements.lock", {}))
-    header = estimands.user_header(subject)
-    key = files.digest(name, subject.sha256, config, kind, header, pairs, openers, code_key)[:32]
+    lock = files.hash_file(paths.ROOT / "requirements.lock", {})
+    key = files.digest(name, subject.sha256, config, kind, header, pairs, openers, code, lock)[:32]
     return paths.RESULTS / paths.check_slug(study.slug) / paths.PARTS / key
 
 
@@ -110,20 +109,17 @@ def write_part(tables: Tables, folder: Path, batch: int, events: Sequence[str] =
 
 def read_part(folder: Path, batch: int) -> Tables | None:
     """The tables of a batch, or None if its part is not there, is not whole, or was made for another place."""
-    path = folder / f"{batch:05d}.zip"
-    if not path.is_file():
-        return None
     try:
-        with zipfile.ZipFile(path) as whole:
+        with zipfile.ZipFile(folder / f"{batch:05d}.zip") as whole:
             content = {name: whole.read(name) for name in whole.namelist()}
         stamp = json.loads(content.pop("stamp"))
         tables = {name: pd.read_parquet(io.BytesIO(data)) for name, data in content.items()}
-    except Exception:  # bytes that changed fail anywhere: in zip's checksums, in pyarrow, in pandas
+        is_own = (stamp["key"], stamp["batch"]) == (folder.name, batch)
+    except Exception:  # no such file; and bytes that changed fail anywhere: in zip's checksums, in pyarrow, in pandas
         return None
-    if (stamp["key"], stamp["batch"]) != (folder.name, batch):
-        return None
-    memory.events.extend(stamp["events"])
-    return tables
+    if is_own:
+        memory.events.extend(stamp["events"])
+    return tables if is_own else None
 
 
 # ---- what is measured ----
@@ -132,7 +128,7 @@ def read_part(folder: Path, batch: int) -> Tables | None:
 def clean_rows(study: Study, batch: estimands.Batch) -> pd.DataFrame:
     """One row a pair: Y1 of both clean runs, TE, the smaller `joint` probability of the openers, and the light cone.
 
-    `earliest` as in `tokens.earliest_layers`; `distance` the tokens from the last difference to the last token.
+    `earliest` as in `earliest_layers`; `distance` the tokens from the last difference to the last token.
     """
     openers = study.openers[batch.pairs[0].pair.treatment]
     final = [run.resid_post[-1][:, -1] for run in (batch.control, batch.treated)]
@@ -158,13 +154,12 @@ def layer_tables(study: Study, group: Sequence[TokenPair], *, direct: bool) -> T
     most: with the final norm frozen only components of T2 and T2b are, and direct effects only in the linear contrast.
     """
     subject, treatment = study.subject, group[0].pair.treatment
-    parts = estimands.mediators(subject, COMPONENTS)
     is_benign = treatment[0] == "B" and treatment != study.main_treatment
-    wanted = ([] if is_benign else estimands.mediators(subject, ["resid_post"])) + parts
+    parts, resid = estimands.mediators(subject, COMPONENTS), estimands.mediators(subject, ["resid_post"])
+    asked = {"Y1": parts if is_benign else resid + parts}
     if treatment == "T1":
         layers = sorted({*study.thinned_layers, deepest_early_layer(subject.n_layers)})
-        wanted += estimands.mediators(subject, ["resid_post"], ["shared"], layers)
-    asked = {"Y1": wanted}
+        asked["Y1"] += estimands.mediators(subject, ["resid_post"], ["shared"], layers)
     if treatment in ("T2", "T2b", study.main_treatment):
         asked["Y1.frozen"] = parts
     if direct:
@@ -200,17 +195,9 @@ SWEEPS: Mapping[str, Sweep] = {
 
 
 def memory_plan(study: Study) -> dict[str, object]:
-    """What both clean runs of the longest batch and the sweep on it keep in memory, from shapes; for `chunks.json`.
-
-    `events` are chunks that had to be halved for want of memory.
-    """
+    """For `chunks.json`: what the longest batch's clean runs and sweep keep in memory, by shapes; chunks halved are `events`."""
     n_pos = max(len(pair.control) for pair in study.pairs)
     n_pairs = memory.pairs_at_once(study.subject, n_pos)
-    need = memory.sweep_memory(study.subject, n_pairs, n_pos)
-    return {
-        "longest_prompt": n_pos,
-        "pairs_at_once": n_pairs,
-        "tokens_at_once": memory.token_budget(study.subject, n_pos),
-        "megabytes": round((2 * need.clean_run + need.sweep) / 1e6),
-        "events": list(memory.events),
-    }
+    need, at_once = memory.sweep_memory(study.subject, n_pairs, n_pos), memory.token_budget(study.subject, n_pos)
+    made = {"longest_prompt": n_pos, "pairs_at_once": n_pairs, "tokens_at_once": at_once}
+    return {**made, "megabytes": round((2 * need.clean_run + need.sweep) / 1e6), "events": list(memory.events)}

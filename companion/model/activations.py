@@ -62,8 +62,8 @@ class CleanRun:
             raise InputError(f"the clean run holds no {site}; add {_KEPT_AS[site]!r} to clean_run's keep")
         return kept[layer]
 
-    def rows(self, chosen: slice) -> CleanRun:
-        """Some pairs of the run, without copies."""
+    def rows(self, chosen: slice | list[int]) -> CleanRun:
+        """Some pairs of the run; a slice makes no copies."""
         return self._changed(lambda own: own[chosen])
 
     def above(self, other: CleanRun) -> CleanRun:

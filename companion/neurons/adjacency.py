@@ -74,9 +74,8 @@ class MoranTest:
 def moran_test(effects: PairEffects, n_permutations: int = N_PERMUTATIONS, seed: int = 0) -> MoranTest:
     """Moran's I of rank |mean NIE| over the pairs given, pooled over the layers that have effects.
 
-    Indices are permuted within layers. The interval adds the variances of other prompts (jackknife over topics) and of
-    another draw of which neuron got which index (the permutations). It is exact where indices are exchangeable, and
-    narrower than it should be where I is far above 0.
+    Indices are permuted within layers. The interval adds the variances of other prompts (jackknife over topics) and of other
+    indices (the permutations): exact where these are exchangeable, and too narrow where I is far above 0.
     """
     live = effects.columns.layer.isin(effects.columns.layer[np.any(effects.nie != 0, axis=0)]).to_numpy()
     if not live.any():
@@ -85,8 +84,7 @@ def moran_test(effects: PairEffects, n_permutations: int = N_PERMUTATIONS, seed:
     layer = effects.columns.layer.to_numpy()[live]
     ranked = ranks_in_layer(sums.sums.sum(0), layer)
     estimate = float(morans_i(ranked, layer))
-    permuted = _permutations(ranked, layer, n_permutations, seed)
-    n = len(sums.clusters)
+    permuted, n = _permutations(ranked, layer, n_permutations, seed), len(sums.clusters)
     without = morans_i(ranks_in_layer(sums.sums.sum(0) - sums.sums, layer), layer) if n > 1 else np.full(2, np.nan)
     variance = permuted.var() + (n - 1) / n * ((without - without.mean()) ** 2).sum()
     half = float(st.norm.isf(0.025) * np.sqrt(variance)) if np.isfinite(variance) else np.inf
@@ -142,9 +140,9 @@ def window_contest(
 ) -> WindowContest:
     """Best contiguous window of last-layer neurons against the best of as many random groups, joint exact effects.
 
-    Random groups are the windows of a random order of the neurons, so that the best of them had the same chance to be
-    lucky. `ranked` is the discover ranking. Where each pair is costly the best are chosen by the sum of their members' own
-    effects; the effects on test are joint and exact all the same.
+    Random groups are the windows of a random order, so that the best of them had the same chance to be lucky. `ranked` is
+    the discover ranking. Where each pair is costly the best are chosen by the sum of their members' own effects; the effects
+    on test are joint and exact all the same.
     """
     subject, rng = measured.study.subject, np.random.default_rng(0)
     effects = in_split(signed(measured.effects[treatment]), "discover")
@@ -168,5 +166,4 @@ def window_contest(
 
     shares = bootstrap.bootstrap(topic_sums(test.pairs, np.column_stack([test.nie, test.pairs.te])), statistic)
     means = test.nie.mean(0)
-    p = (1 + int((means[1:-1] >= means[0]).sum())) / (1 + N_ORDERS)
-    return WindowContest(shares, p)
+    return WindowContest(shares, (1 + int((means[1:-1] >= means[0]).sum())) / (1 + N_ORDERS))

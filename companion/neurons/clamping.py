@@ -2,17 +2,16 @@
 
 Two experiments, each with two switches. *Upstream*: the prompt (control, treated) against the set (closed: its values of
 the control run; open: those of the treated run). *Inside*: the gate pre-activations of the set against its up
-pre-activations, where neurons are a product, act(gate) * up. Every value comes from one of the pair's own two runs.
-Nothing above the last layer reads another token, so sets of the last layer need no more than its own sites at the last
-token, of pairs of any lengths together (`LastLayerCache`).
+pre-activations, where neurons are a product, act(gate) * up. Every value comes from one of the pair's own two runs. Sets of
+the last layer need no more than its own sites at the last token, of pairs of any lengths together (`LastLayerCache`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -62,20 +61,16 @@ class Product:
 
 @dataclass(frozen=True)
 class LastLayerCache:
-    """The last layer of both clean runs of one treatment's pairs at the last token, as runs of a single token.
-
-    `factors` of its neurons (control, treated): None where they were not asked for or neurons are no products.
-    """
+    """The last layer of both clean runs at the last token, as runs of a single token; `factors` (control, treated), if known."""
 
     batch: Batch
     factors: tuple[Product, Product] | None
 
     def only(self, rows: Sequence[int]) -> LastLayerCache:
         """Some of the pairs."""
-        at = list(rows)
-        sides = (_changed(lambda tensor: tensor[at], run) for run in (self.batch.control, self.batch.treated))
-        factors = None if self.factors is None else (self.factors[0].at(at), self.factors[1].at(at))
-        return LastLayerCache(Batch(tuple(self.batch.pairs[i] for i in at), *sides), factors)
+        at, sides = list(rows), (self.batch.control, self.batch.treated)
+        factors = self.factors and (self.factors[0].at(at), self.factors[1].at(at))
+        return LastLayerCache(Batch(tuple(self.batch.pairs[i] for i in at), *(run.rows(at) for run in sides)), factors)
 
 
 def product(subject: Subject, batch: Batch, layer: int) -> tuple[Product, Product] | None:
@@ -102,8 +97,7 @@ def product(subject: Subject, batch: Batch, layer: int) -> tuple[Product, Produc
 @torch.no_grad()
 def _factors(subject: Subject, run: CleanRun, layer: int, names: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Both projections' outputs at the last token, from the one block run again."""
-    seen: list[Tensor] = []
-    parts = subject.layers[layer]
+    seen, parts = list[Tensor](), subject.layers[layer]
     with ExitStack() as stack:
         for name in names:
             stack.enter_context(on_output(getattr(parts.mlp, name), lambda out: seen.append(first(out)[:, -1])))
@@ -112,39 +106,25 @@ def _factors(subject: Subject, run: CleanRun, layer: int, names: Sequence[str]) 
     return gate, up
 
 
-def last_column(batch: Batch) -> Batch:
-    """The last layer's sites at the last token, as runs of a single token; what lies below is empty."""
-
-    def column(run: CleanRun) -> CleanRun:
-        kept: dict[str, Any] = {}
-        for name in SITES:
-            *lower, last = getattr(run, name)
-            # Copies, or the slices would keep the whole run alive.
-            kept[name] = (*(layer[:0].clone() for layer in lower), last[:, -1:].clone())
-        return replace(run, tokens=run.tokens[:, -1:], keys=(), values=(), calls=(), **kept)
-
-    return replace(batch, control=column(batch.control), treated=column(batch.treated))
-
-
-def _changed(change: Callable[..., Tensor], *runs: CleanRun) -> CleanRun:
-    """The runs of `last_column` as one, of which every tensor is made of theirs; what is empty stays."""
+def last_column(run: CleanRun) -> CleanRun:
+    """The last layer's sites at the last token, as a run of a single token; what lies below is empty."""
     kept: dict[str, Any] = {}
     for name in SITES:
-        layers = zip(*(getattr(run, name) for run in runs), strict=True)
-        kept[name] = tuple(change(*tensors) if len(tensors[0]) else tensors[0] for tensors in layers)
-    return replace(runs[0], tokens=change(*(run.tokens for run in runs)), **kept)
+        *lower, last = getattr(run, name)
+        # Copies, or the slices would keep the whole run alive.
+        kept[name] = (*(layer[:0].clone() for layer in lower), last[:, -1:].clone())
+    return replace(run, tokens=run.tokens[:, -1:], keys=(), values=(), calls=(), **kept)
 
 
 def _joined(caches: Sequence[LastLayerCache]) -> LastLayerCache:
     """The caches of all batches of one treatment as one."""
-
-    def cat(*tensors: Tensor) -> Tensor:
-        return torch.cat(tensors)
-
     pairs = tuple(pair for one in caches for pair in one.batch.pairs)
-    control, treated = (_changed(cat, *(getattr(one.batch, side) for one in caches)) for side in ("control", "treated"))
-    sides = zip(*(one.factors for one in caches if one.factors), strict=True)
-    factors = [replace(side[0], gate=cat(*(f.gate for f in side)), up=cat(*(f.up for f in side))) for side in sides]
+    runs = zip(*((one.batch.control, one.batch.treated) for one in caches), strict=True)
+    control, treated = (reduce(CleanRun.above, side) for side in runs)
+    factors = [
+        Product(torch.cat([one.gate for one in side]), torch.cat([one.up for one in side]), side[0].act)
+        for side in zip(*(one.factors for one in caches if one.factors), strict=True)
+    ]
     return LastLayerCache(Batch(pairs, control, treated), (factors[0], factors[1]) if factors else None)
 
 
@@ -162,9 +142,8 @@ def four_cells(
     last, caches = subject.n_layers - 1, {} if caches is None else caches
     below, top = ([one for one in sets if (one.layer < last) == is_below] for is_below in (True, False))
     split = [one for one in sets if inside is None or one.name in inside]
-    ids: dict[str, set[str]] = {}
-    for one in pairs:
-        ids.setdefault(one.pair.treatment, set()).add(one.pair.id)
+    treatments = sorted({one.pair.treatment for one in pairs})
+    ids = {name: {one.pair.id for one in pairs if one.pair.treatment == name} for name in treatments}
     known = {name for name, one in caches.items() if {pair.pair.id for pair in one.batch.pairs} == ids.get(name)}
     wanted = [pair for pair in pairs if below or pair.pair.treatment not in known]
     rows, made = list[Rows](), dict[str, list[LastLayerCache]]()
@@ -173,10 +152,11 @@ def four_cells(
         factors = {layer: product(subject, batch, layer) for layer in {one.layer for one in split}}
         of_sets = {one: factors[one.layer] for one in below if one in split}
         rows += _rows(subject, batch, openers[treatment], below, of_sets)
-        made.setdefault(treatment, []).append(LastLayerCache(last_column(batch), factors.get(last)))
+        column = Batch(batch.pairs, last_column(batch.control), last_column(batch.treated))
+        made.setdefault(treatment, []).append(LastLayerCache(column, factors.get(last)))
         del batch  # before the next one is made
     caches |= {name: _joined(some) for name, some in made.items()}
-    for name in sorted(ids):
+    for name in treatments:
         of_sets = {one: caches[name].factors for one in top if one in split}
         rows += _rows(subject, caches[name].batch, openers[name], top, of_sets)
     return table_of(rows)
@@ -231,11 +211,10 @@ def clamped_products(
 
 
 def _rows_of(batch: Batch, one: NeuronSet, form: str, outcome: str, four: Tensor, te: Tensor | None = None) -> Rows:
-    values, n = to_host(four.double()), len(batch.pairs)
-    columns = estimands.pair_columns(batch.pairs)
+    values, n, columns = to_host(four.double()), len(batch.pairs), estimands.pair_columns(batch.pairs)
     columns |= {"set": np.full(n, one.name, object), "layer": np.full(n, one.layer)}
     columns |= {"form": np.full(n, form, object), "outcome": np.full(n, outcome, object)}
-    columns |= {name: values[:, i] for i, name in enumerate(CELLS)}
+    columns |= dict(zip(CELLS, values.T, strict=True))
     return columns | {"te": values[:, 3] - values[:, 0] if te is None else to_host(te.double())}
 
 

@@ -22,19 +22,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from companion.base.device import running_sum
-from companion.model import replay
+from companion.model import readout, replay
 from companion.model.activations import CleanRun
 from companion.model.architecture import Subject, written_vectors
 from companion.model.interventions import Patch, position_mask, projection
-from companion.model.readout import (
-    BLOCK_LOGITS,
-    blocks_of_rows,
-    is_centred,
-    log_odds_against_rest,
-    logits,
-    norm_gain,
-    rest_against,
-)
+from companion.model.readout import BLOCK_LOGITS, blocks_of_rows, is_centred, norm_gain
 from companion.prompts.tokens import Openers
 
 LOST: Final = 1e-30  # a sum of exponentials below it may hold numbers that float32 keeps with fewer digits
@@ -63,7 +55,7 @@ def last_layer_neurons(
     """Logits of a few vocabulary rows after each last-layer neuron, on its own, is set to the source's at the last token."""
     last = subject.n_layers - 1
     if not is_closed(subject):
-        return _replayed(subject, base, source, lambda resid: logits(subject, resid, rows))
+        return _replayed(subject, base, source, lambda resid: readout.logits(subject, resid, rows))
     gain, norm_bias, eps = norm_gain(subject.final_norm)
     resid, vectors = _centred(is_centred(subject.final_norm), base.resid_post[last][:, -1], last_layer_vectors(subject))
     change = (source.site("neuron", last) - base.site("neuron", last))[:, -1]
@@ -89,12 +81,9 @@ def _replayed(
 def last_layer_log_odds(
     subject: Subject, base: CleanRun, source: CleanRun, openers: Openers
 ) -> Float[Tensor, "pair neuron"]:
-    """log p(any comply token) - log p(any refuse token) after each neuron's patch, in log-odds (float64).
-
-    Refusals against all other tokens are replayed; where the model `is_closed`, `last_layer_both_ways` needs no replay.
-    """
+    """log p(any comply) - log p(any refuse token) after each neuron's patch (float64); refusals against the rest are replayed."""
     if openers.rest:
-        return _replayed(subject, base, source, partial(log_odds_against_rest, subject, rows=openers.refuse))
+        return _replayed(subject, base, source, partial(readout.log_odds_against_rest, subject, rows=openers.refuse))
     rows, n_comply = subject.tensor([*openers.comply, *openers.refuse]), len(openers.comply)
     both = last_layer_neurons(subject, base, source, rows).double()
     return both[..., :n_comply].logsumexp(-1) - both[..., n_comply:].logsumexp(-1)
@@ -131,15 +120,13 @@ def written_log_odds(
         for i in (~found[:, some].isfinite()).any(1).nonzero().flatten().tolist():  # far from its clean run
             made = ((b, outputs[:, b] * moved[i] + at[i] * unscaled[i, b]) for b in blocks_of_rows(subject, step))
             parts = ((b.start, sum((bias[b] for bias in biases), part)) for b, part in made)
-            found[i, some] = rest_against(parts, refuse)
+            found[i, some] = readout.rest_against(parts, refuse)
     return found
 
 
 @torch.no_grad()
 def last_layer_outputs(subject: Subject) -> Float[Tensor, "neuron row"] | None:
-    """What each last-layer neuron adds to all logits per unit, U (g w_j), for `written_log_odds` of many batches; None where
-    that is too large to keep.
-    """
+    """What each last-layer neuron adds to all logits per unit, U (g w_j), for many batches; None where too large to keep."""
     (weight, _), (vectors,) = subject.unembedding, _centred(is_centred(subject.final_norm), last_layer_vectors(subject))
     if len(vectors) * weight.shape[0] * weight.element_size() > OUTPUT_BYTES:
         return None
@@ -177,9 +164,7 @@ def last_layer_both_ways(
     subject: Subject, control: CleanRun, treated: CleanRun, refuse: Sequence[int],
     said: Float[Tensor, "neuron row"] | None = None,
 ) -> tuple[Float[Tensor, "pair neuron"], ...]:  # fmt: skip
-    """`written_log_odds` of the last layer's neurons, set in the control run and in the treated run; then both once more with
-    the final norm's scale frozen. All four read the same outputs.
-    """
+    """`written_log_odds` of last-layer neurons set in the control run, in the treated run, and in both with the norm frozen."""
     last = subject.n_layers - 1
     change = (treated.site("neuron", last) - control.site("neuron", last))[:, -1]
     resid = torch.cat(2 * [run.resid_post[last][:, -1] for run in (control, treated)])
@@ -251,11 +236,8 @@ def opener_readout(subject: Subject, openers: Openers) -> OpenerReadout | None:
     rows = subject.tensor(openers.comply + openers.refuse)
     weight, head_bias = subject.unembedding
     chosen = weight[rows].double()
-    bias = torch.zeros(len(rows), dtype=torch.float64, device=chosen.device)
-    if norm_bias is not None:
-        bias = bias + chosen @ norm_bias.double()
-    if head_bias is not None:
-        bias = bias + head_bias[rows]
+    bias = chosen.new_zeros(len(rows)) if norm_bias is None else chosen @ norm_bias.double()
+    bias = bias if head_bias is None else bias + head_bias[rows]
     centred, unembed = is_centred(subject.final_norm), chosen * gain.double()
     (vectors,) = _centred(centred, last_layer_vectors(subject).double())
     return OpenerReadout(vectors, vectors @ unembed.T, unembed, bias, eps, len(openers.comply), centred)

@@ -5,11 +5,10 @@ else gets through: close it and the upstream signal is lost, open it without a s
 experiment with the switches *signal* (first digit) and *set* (second digit) a contributor leaves the interaction
 y11 - y10 - y01 + y00 at zero, a gate makes it as large as the whole effect y11 - y00.
 
-Fixed before the shipped models were measured: a sparse set has max(8, 1 % of the layer) neurons, the top of the
-discover ranking; below the last layer the set of the layer with the largest index on discover is taken; the verdict reads
-the sparse set that is not a readout on discover and, among such, has the largest index there (forms b and c). Changed
-after a first look at the embedded model, whose verdict it left as it was: form b with the harm signal switched by the
-twin (`twin_cells`) was added, and the whole last layer, which is not sparse, is no longer read.
+Fixed before the shipped models were measured: a sparse set is the top max(8, 1 % of the layer) of the discover ranking; the
+verdict reads the sparse set (forms b and c) that is not a readout on discover and, among such, has the largest index there.
+Changed after a first look at the embedded model, whose verdict it left as it was: form b with the harm signal switched by
+the twin (`twin_cells`) was added, and the whole last layer, which is not sparse, is no longer read.
 """
 
 from __future__ import annotations
@@ -37,12 +36,9 @@ WRAPPER_HARM, HARM_WRAPPER = "gate by wrapper x up by harm", "gate by harm x up 
 # By experiment (a form of `clamping.four_cells` or `twin_cells`): what stands in the tables. Below the last layer the
 # experiment "upstream" is form c.
 FORMS = {
-    "upstream": "a: last layer, prompt x set",
-    "inside": "b: gate x up",
-    WRAPPER_HARM: f"b: {WRAPPER_HARM}",
-    HARM_WRAPPER: f"b: {HARM_WRAPPER}",
-    "below": "c: below the last layer, prompt x set",
-}
+    "upstream": "a: last layer, prompt x set", "inside": "b: gate x up", WRAPPER_HARM: f"b: {WRAPPER_HARM}",
+    HARM_WRAPPER: f"b: {HARM_WRAPPER}", "below": "c: below the last layer, prompt x set",
+}  # fmt: skip
 VARIANTS = {"main": "Y1", "norm frozen": "Y1.frozen", "linear read-out": "contrast.frozen"}
 
 
@@ -50,32 +46,15 @@ VARIANTS = {"main": "Y1", "norm frozen": "Y1.frozen", "linear read-out": "contra
 class GateIndex:
     """A gate index: `signed` with its interval (negative: one of several would do, an OR), and its absolute value.
 
-    `at_stake` is |y11 - y00| over |TE|, and `own` the larger of the set's two effects over |TE|, both on discover (inside
-    a neuron, where both switches belong to the set, the two are the same).
+    `is_defined`: on discover enough is at stake and the set takes part in it.
     """
 
     signed: bootstrap.Estimates
     estimate: float
     low: float
     high: float
-    at_stake: float
-    own: float
     n_pairs: int
-
-    @property
-    def is_defined(self) -> bool:
-        """Whether enough is at stake and the set takes part in it, on discover."""
-        return min(self.at_stake, self.own) >= LEAST
-
-
-def absolute(estimate: float, low: float, high: float) -> tuple[float, float, float]:
-    """Absolute value of an estimate and the interval of it: from 0 where the signed interval holds 0.
-
-    >>> absolute(0.3, 0.2, 0.7), absolute(-0.3, -0.7, -0.2), absolute(-0.3, -0.7, 0.1)
-    ((0.3, 0.2, 0.7), (0.3, 0.2, 0.7), (0.3, 0.0, 0.7))
-    """
-    limits = (abs(low), abs(high))
-    return abs(estimate), 0.0 if low <= 0 <= high else min(limits), max(limits)
+    is_defined: bool
 
 
 def select(
@@ -89,21 +68,22 @@ def select(
 def gate_index(part: pd.DataFrame) -> GateIndex | None:
     """Interaction over whole effect, pooled over the test pairs; None where discover or test has no pairs.
 
-    Whether the index is defined is decided on discover, by means: choosing single pairs by the size of their own
-    denominator would bias a ratio.
+    Whether it is defined is decided by means: choosing pairs by the size of their own denominator would bias a ratio.
     """
     discover, test = (part[part.split == split] for split in ("discover", "test"))
     both = pd.DataFrame({"topic": test.topic, "span": test.y11 - test.y00, "interaction": interaction(test)})
     signed = None if discover.empty else ratio_of_means(both, "interaction", "span")
     if signed is None:
         return None
-    middle, low, high = absolute(signed.estimate[0], signed.low[0], signed.high[0])
+    estimate, low, high = (float(x[0]) for x in (signed.estimate, signed.low, signed.high))
+    limits = (abs(low), abs(high))
+    least = 0.0 if low <= 0 <= high else min(limits)
     means = discover[[*CELLS, "te"]].mean()
-    unit = max(abs(float(means.te)), float(np.finfo(float).tiny))
-    at_stake = abs(means.y11 - means.y00) / unit
-    own = max(abs(means.y01 - means.y00), abs(means.y11 - means.y10)) / unit
-    own = own if part.form.isin(["upstream", "write"]).all() else at_stake
-    return GateIndex(signed, float(middle), float(low), float(high), at_stake, own, len(test))
+    at_stake = abs(means.y11 - means.y00)
+    if part.form.isin(["upstream", "write"]).all():  # inside a neuron both switches belong to the set
+        at_stake = min(at_stake, max(abs(means.y01 - means.y00), abs(means.y11 - means.y10)))
+    is_defined = bool(at_stake / max(abs(float(means.te)), float(np.finfo(float).tiny)) >= LEAST)
+    return GateIndex(signed, abs(estimate), least, max(limits), len(test), is_defined)
 
 
 def ratio_of_means(part: pd.DataFrame, top: str, bottom: str) -> bootstrap.Estimates | None:
@@ -124,10 +104,7 @@ def set_effect(part: pd.DataFrame) -> pd.Series:
 
 
 def readout_share(table: pd.DataFrame, treatment: str, name: str, split: str = "test") -> bootstrap.Estimates | None:
-    """Share of the set's effect on Y1 that it writes itself: a_j w_j . (u_comply - u_refuse), final norm frozen.
-
-    That is its write into the last residual stream, scored by the linear contrast, over its whole effect.
-    """
+    """Share of the set's effect on Y1 that it writes into the last residual stream itself, by the frozen linear contrast."""
     whole = select(table, treatment, name, "upstream", "Y1", split).set_index("pair_id")
     write = select(table, treatment, name, "write", "contrast.frozen", split).set_index("pair_id")
     both = pd.DataFrame({"topic": whole.topic, "write": set_effect(write), "whole": set_effect(whole)})
@@ -135,10 +112,9 @@ def readout_share(table: pd.DataFrame, treatment: str, name: str, split: str = "
 
 
 def benign_share(table: pd.DataFrame, treatment: str, name: str, benign: list[str]) -> bootstrap.Estimates | None:
-    """Mean |effect| of the set on benign behaviours over its |effect| on harm, in log-odds.
+    """Mean |effect| of the set on benign behaviours (None: there are none) over its |effect| on harm, in log-odds.
 
     Each effect gets the sign that it has on discover, so that on test noise around zero is not counted as an effect.
-    None where the prompt set has no benign behaviour.
     """
     parts = []
     for column in [treatment, *benign]:
@@ -162,10 +138,9 @@ def timing_share(table: pd.DataFrame, treatment: str, name: str) -> bootstrap.Es
 
 def perplexity_ratio(table: pd.DataFrame, name: str) -> bootstrap.Estimates | None:
     """Perplexity of the model's own benign answers with the set closed over that without: exp of nats per token."""
-    chosen = table[table["set"] == name]
+    chosen, per_token = table[table["set"] == name], clusters.ratio([1, 0], [0, 1])
     if chosen.empty:
         return None
-    per_token = clusters.ratio([1, 0], [0, 1])
     sums = clusters.cluster_sums(chosen, ["lost", "n_tokens"])
     return interval(sums, lambda total, count: np.exp(per_token(total, count)))
 
@@ -203,7 +178,7 @@ def twin_cells(
 
 @dataclass(frozen=True)
 class GateForm:
-    """A form of the index on the set that it was measured on, with what was seen on discover."""
+    """A form of the index on one set; `rank` is what is chosen by on discover: no readouts first, then the larger index."""
 
     form: str
     experiment: str
@@ -211,20 +186,11 @@ class GateForm:
     treatment: str
     main: GateIndex
     variants: Mapping[str, GateIndex]
-    discover: float
-    readout_discover: float
-
-    @property
-    def rank(self) -> tuple[bool, float]:
-        """What is chosen by, on discover: sets that are no readout first, then the larger index."""
-        return (self.readout_discover < READOUT, self.discover)
+    rank: tuple[bool, float]
 
 
 def sets_of(study: Study, table: pd.DataFrame, treatment: str) -> dict[str, NeuronSet]:
-    """The sparse set of every layer that an effect reaches, by the discover ranking of a neuron table; and the last layer.
-
-    Layers of which fewer neurons were measured than a sparse set has are left out.
-    """
+    """The sparse set by discover of every layer that has effects and enough neurons measured; and the whole last layer."""
     d_mlp, last = study.subject.d_mlp, study.subject.n_layers - 1
     size = min(d_mlp, few_neurons(d_mlp))
     rows = table[(table.treatment == treatment) & (table.split == "discover")]
@@ -232,9 +198,8 @@ def sets_of(study: Study, table: pd.DataFrame, treatment: str) -> dict[str, Neur
     layers = rows.assign(moves=(rows.nie0 != 0) | (rows.nie1 != 0)).groupby("layer")["moves"].agg(["size", "any"])
     found = {}
     for layer in layers.index[layers["any"] & (layers["size"] >= size)].tolist():
-        chosen = tuple(ranking(table, treatment, layer)[:size].tolist())
         name = LAST if layer == last else f"layer {layer}"
-        found[name] = NeuronSet(name, layer, chosen)
+        found[name] = NeuronSet(name, layer, tuple(ranking(table, treatment, layer)[:size].tolist()))
     if LAST in found:
         found[WHOLE] = NeuronSet(WHOLE, last, tuple(range(d_mlp)))
     return found
@@ -242,9 +207,8 @@ def sets_of(study: Study, table: pd.DataFrame, treatment: str) -> dict[str, Neur
 
 def gate_forms(cells: pd.DataFrame, sets: dict[str, NeuronSet], primary: str) -> tuple[GateForm, ...]:
     """Every form on the sets that it is for, and each benign behaviour's own set in forms a and b."""
-    below = [name for name in sets if name not in (LAST, WHOLE)]
     found = [_gate_form(cells, form, name, primary) for form in FORMS if form != "below" for name in (LAST, WHOLE)]
-    lower = [one for name in below if (one := _gate_form(cells, "below", name, primary))]
+    lower = [one for name in sets if name not in (LAST, WHOLE) and (one := _gate_form(cells, "below", name, primary))]
     best = max(lower, key=lambda one: (one.main.is_defined, *one.rank), default=None)
     benign = sorted(name for name in set(cells.treatment) if name.startswith("B"))
     own = [_gate_form(cells, form, f"own {name}", name) for form in ("upstream", "inside") for name in benign]
@@ -261,8 +225,8 @@ def _gate_form(cells: pd.DataFrame, form: str, name: str, treatment: str) -> Gat
     discover = parts["main"][parts["main"].split == "discover"]
     size = abs(interaction(discover).sum() / (discover.y11 - discover.y00).sum())
     readout = readout_share(cells, treatment, name, "discover")
-    share = np.inf if readout is None else float(readout.estimate[0])
-    return GateForm(FORMS[form][0], form, name, treatment, main, found, float(size), share)
+    is_no_readout = readout is not None and bool(readout.estimate[0] < READOUT)
+    return GateForm(FORMS[form][0], form, name, treatment, main, found, (is_no_readout, float(size)))
 
 
 # ---- for pictures and tables ----
@@ -287,16 +251,13 @@ def gate_tests(rows: pd.DataFrame) -> pd.DataFrame:
     """One row a test and set: number, interval, whether it passes, what it can and cannot show. From rows of C5b."""
     made = []
     for quantity, test, rule, can, cannot in TESTS:
-        found = rows[(rows.quantity == quantity) & rows.variant.isin(list(SETS))]
-        for one in found.itertuples():
+        for one in rows[(rows.quantity == quantity) & rows.variant.isin(list(SETS))].itertuples():
             signed = rows[(rows.quantity == f"{quantity}, signed") & (rows.variant == one.variant)]
             low, high = one.ci_low, one.ci_high
             passes = {
                 "gate index": low >= GATE_LOW and len(signed) > 0 and bool((signed.ci_low > 0).all()),
-                "benign share": high <= BENIGN_SHARE,
-                "perplexity ratio": high <= PERPLEXITY,
-                "readout share": high < READOUT,
-            }
+                "benign share": high <= BENIGN_SHARE, "perplexity ratio": high <= PERPLEXITY, "readout share": high < READOUT,
+            }  # fmt: skip
             state = {True: "passes", False: "does not pass", None: "reported"}[passes.get(quantity)]
             numbers = (one.estimate, low, high)
             made.append((f"{test}: {quantity}", SETS[str(one.variant)], *numbers, rule, state, can, cannot, one.note))

@@ -41,8 +41,7 @@ def attribution(
     effects are nearly linear: always recheck the top, and a random sample. Source: attribution patching (Nanda 2023;
     Syed et al. 2023, arXiv 2310.10348).
     """
-    neurons: list[Tensor] = []
-    final: list[Tensor] = []
+    neurons, final = list[Tensor](), list[Tensor]()
 
     def keep(tensor: Tensor) -> None:
         tensor.retain_grad()
@@ -59,12 +58,9 @@ def attribution(
         stack.enter_context(on_input(subject.final_norm, final.append))
         subject.model.base_model(input_ids=base.tokens, use_cache=False)
         contrast(final[0][:, -1]).sum().backward()
-    estimates = []
-    for layer, tensor in enumerate(neurons):
-        assert tensor.grad is not None
-        change = source.site("neuron", layer)[:, -1] - base.site("neuron", layer)[:, -1]
-        estimates.append(tensor.grad[:, -1] * change)
-    return torch.stack(estimates, dim=1)
+    changes = (source.site("neuron", at)[:, -1] - base.site("neuron", at)[:, -1] for at in range(subject.n_layers))
+    grads = (tensor.grad[:, -1] for tensor in neurons if tensor.grad is not None)
+    return torch.stack([grad * change for grad, change in zip(grads, changes, strict=True)], dim=1)
 
 
 def is_small(subject: Subject) -> bool:
@@ -82,20 +78,18 @@ def estimates(study: Study, treatment: str) -> pd.DataFrame:
     total = _mean_estimate(study, pairs)
     if treatment.endswith("-T2b"):
         by_id = {pair.pair.id: pair for pair in study.of("T2b")}
-        twins = [by_id.get(study.twins.get(pair.pair.id, "")) for pair in pairs]
-        total = total - _mean_estimate(study, [twin for twin in twins if twin is not None])
+        twins = [by_id[twin] for pair in pairs if (twin := study.twins.get(pair.pair.id, "")) in by_id]
+        total = total - _mean_estimate(study, twins)
     return all_neurons(study.subject).assign(estimate=total.reshape(-1))
 
 
 def _mean_estimate(study: Study, pairs: list[TokenPair]) -> Float[np.ndarray, "layer neuron"]:
-    subject = study.subject
-    total = np.zeros((subject.n_layers, subject.d_mlp))
+    subject, total = study.subject, np.zeros((study.subject.n_layers, study.subject.d_mlp))
     for group in progress(estimands.batches(pairs, subject), desc="gradient screen"):
         batch = estimands.run_clean(subject, group)
         y1 = partial(log_odds, subject, study.openers[group[0].pair.treatment])
         for base, source, sign in ((batch.control, batch.treated, 1), (batch.treated, batch.control, -1)):
-            found = attribution(subject, base, source, y1)
-            total += sign * to_host(found.double().sum(0)) / 2
+            total += sign * to_host(attribution(subject, base, source, y1).double().sum(0)) / 2
     return total / len(pairs)
 
 
@@ -122,15 +116,13 @@ def below_the_last(study: Study, treatment: str) -> pd.DataFrame:
 
 def estimate_rows(below: pd.DataFrame, chosen: pd.DataFrame, effects: PairEffects) -> pd.DataFrame:
     """Rows of a neuron table for neurons that were not rechecked: the estimate on discover, signed, without an interval."""
-    keys = ["layer", "neuron"]
+    keys, sign = ["layer", "neuron"], sign_on_discover(effects.pairs)
     others = below[~pd.MultiIndex.from_frame(below[keys]).isin(pd.MultiIndex.from_frame(chosen[keys]))]
-    sign, te = sign_on_discover(effects.pairs), in_split(effects, "discover").pairs.te.mean()
-    size = sign * others.estimate
-    made = others[keys].assign(
-        treatment=effects.treatment, split="discover", te=sign * te, nie0=size, nie1=size,
+    te, size = sign * in_split(effects, "discover").pairs.te.mean(), sign * others.estimate
+    return others.assign(
+        treatment=effects.treatment, split="discover", te=te, nie0=size, nie1=size,
         direct=np.nan, ci_low=-np.inf, ci_high=np.inf, q_value=1.0, exact=False,
-    )  # fmt: skip
-    return made[NEURONS]
+    )[NEURONS]  # fmt: skip
 
 
 def to_recheck(found: pd.DataFrame, top: int, random: int) -> pd.DataFrame:
@@ -144,16 +136,14 @@ def to_recheck(found: pd.DataFrame, top: int, random: int) -> pd.DataFrame:
 def screen_trust(chosen: pd.DataFrame, exact: PairEffects, n_neurons: int, top: int = 100) -> pd.Series:
     """How good the screen was, by the exact effects of the rechecked neurons on discover: "rank correlation" and "recall".
 
-    `chosen` is `to_recheck`'s table, `exact` has the same columns. The rank correlation (Spearman, of sizes) is over the
-    random sample. Recall is of the `top` largest exact effects: how many the screen's top holds, against an estimate of
-    how many it missed (random neurons at least as large as the smallest of those, each standing for many).
+    `chosen` is `to_recheck`'s table, `exact` has the same columns. The correlation (Spearman, of sizes) is over the random
+    sample. Recall is of the `top` largest exact effects: how many the screen's top holds, against an estimate of how many
+    it missed (random neurons at least as large as the smallest of those, each standing for many).
     """
-    size = abs(in_split(exact, "discover").nie.mean(0))
-    is_top = chosen.is_top.to_numpy()
+    size, is_top = abs(in_split(exact, "discover").nie.mean(0)), chosen.is_top.to_numpy()
     sample = is_top if is_top.all() else ~is_top
     held = np.sort(size[is_top])[::-1][:top]
     weight = (n_neurons - is_top.sum()) / max(1, (~is_top).sum())
     missed = weight * ((size[~is_top] >= held[-1]) & (size[~is_top] > 0)).sum()
-    recall = len(held) / (len(held) + missed)
     correlation = st.spearmanr(chosen.estimate.abs()[sample], size[sample]).statistic
-    return pd.Series({"rank correlation": correlation, "recall": recall})
+    return pd.Series({"rank correlation": correlation, "recall": len(held) / (len(held) + missed)})

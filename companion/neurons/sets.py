@@ -70,10 +70,7 @@ def sizes(d_mlp: int, every: int = EVERY) -> Int[np.ndarray, "size"]:
 
 @torch.no_grad()
 def joint(subject: Subject, states: FinalStates, members: Int[np.ndarray, "set member"]) -> PairEffects:
-    """NIE0 and NIE1 of each set of last-layer neurons, its members swapped together at the last token.
-
-    Raises InputError if a set names a neuron twice or one that is not there.
-    """
+    """NIE0 and NIE1 of each set of different last-layer neurons (else InputError), swapped together at the last token."""
     members = np.asarray(members)
     is_double = members.ndim != 2 or bool((np.diff(np.sort(members, axis=1), axis=1) == 0).any())
     if is_double or members.min() < 0 or members.max() >= subject.d_mlp:
@@ -129,18 +126,14 @@ def cumulative(
 
 @torch.no_grad()
 def whole_layer(subject: Subject, states: FinalStates, is_frozen: bool = False) -> PairEffects:
-    """NIE0 and NIE1 of all last-layer neurons together, the MLP's whole output; a single column.
-
-    With `is_frozen` the final norm keeps the scale of the control run in all four cells, TE's too.
-    """
+    """NIE0 and NIE1 of all last-layer neurons together, one column; `is_frozen`: norm's scale of the control run, TE's too."""
     like = states.resid[0] if is_frozen else None
     write = (states.neurons[1] - states.neurons[0]) @ last_layer_vectors(subject)
     cells = [*states.resid]
     for base, sign in ((0, 1), (1, -1)):
         moved = residual_change(subject, subject.n_layers - 1, states.neurons[base], sign * write[:, None])[:, 0]
         cells.append(states.resid[base] + moved)
-    odds = [to_host(outcomes.log_odds(subject, cell, states.openers, like))[:, None] for cell in cells]
-    y00, y11, y01, y10 = odds
+    y00, y11, y01, y10 = (to_host(outcomes.log_odds(subject, one, states.openers, like))[:, None] for one in cells)
     pairs = states.pairs.assign(te=(y11 - y00)[:, 0])
     return PairEffects(states.treatment, pairs, pd.DataFrame({"set": [0]}), {"nie0": y01 - y00, "nie1": y11 - y10})
 
@@ -233,14 +226,11 @@ def curve_summary(curve: PairEffects, value: str = "nie") -> bootstrap.Estimates
 
 
 def curve_shares(curve: PairEffects) -> pd.DataFrame:
-    """The curve as a share of the whole layer's joint effect: k, estimate, low, high (no rows without an effect).
-
-    Some set sizes, evenly spaced on a logarithmic axis, are enough to draw it.
-    """
+    """The curve at some k as a share of the whole layer's joint effect: k, estimate, low, high; no rows without an effect."""
     effect, every = curve.nie, curve.columns["k"].to_numpy()
-    at = np.unique(np.searchsorted(every, np.geomspace(1, every[-1], 40)).clip(max=len(every) - 1))
-    sums = topic_sums(curve.pairs, effect[:, [*at, -1]])
     if effect[:, -1].mean() <= 0:
         return pd.DataFrame(columns=["k", "estimate", "low", "high"])
+    at = np.unique(np.searchsorted(every, np.geomspace(1, every[-1], 40)).clip(max=len(every) - 1))
+    sums = topic_sums(curve.pairs, effect[:, [*at, -1]])
     estimates = interval(sums, lambda total, count: total[:, :-1] / total[:, -1:])
     return estimates.to_frame(pd.DataFrame({"k": every[at]})).drop(columns="n_clusters")

@@ -35,20 +35,8 @@ from companion.stats import clusters
 
 # One row: one neuron's mean effects over the pairs of a split, signed by TE on discover; the interval is of the mean of
 # `nie0` and `nie1`. `exact` is False where only a gradient estimate is known.
-NEURONS = [
-    "treatment",
-    "split",
-    "layer",
-    "neuron",
-    "te",
-    "nie0",
-    "nie1",
-    "direct",
-    "ci_low",
-    "ci_high",
-    "q_value",
-    "exact",
-]
+NEURONS = ["treatment", "split", "layer", "neuron", "te", "nie0", "nie1", "direct", "ci_low", "ci_high", "q_value",
+           "exact"]  # fmt: skip
 SPLITS = ("discover", "validate", "test", "all")
 FLOOR = 0.01  # an effect below this share of TE is not counted, however sure
 LEVEL = 0.05
@@ -60,9 +48,8 @@ BLOCK = 1 << 24  # numbers that are alive at once
 class PairEffects:
     """Effects of many mediators on the pairs of one treatment, in log-odds, not signed.
 
-    `pairs` has a row a pair (pair_id, topic, split, te; `unsaturated`: both clean runs, for a contrast those of the harmful
-    pair, have p in [0.02, 0.98]), `columns` a row a mediator (layer and neuron, or a set);
-    `values` holds arrays (pair, column) by name: "nie0", "nie1", and for neurons "direct".
+    `pairs` has a row a pair (pair_id, topic, split, te; `unsaturated`: both clean runs, for a contrast the harmful pair's, have
+    p in [0.02, 0.98]), `columns` a row a mediator (layer and neuron, or a set); `values`: "nie0", "nie1", of neurons "direct".
     """
 
     treatment: str
@@ -78,10 +65,7 @@ class PairEffects:
 
 @dataclass(frozen=True)
 class FinalStates:
-    """What joint effects of last-layer neurons need of pairs' clean runs: the last token's final residual stream, neurons.
-
-    Side 0 is control, 1 treated.
-    """
+    """What joint effects of last-layer neurons need of both clean runs (side 0: control), all at the last token."""
 
     treatment: str
     pairs: pd.DataFrame
@@ -168,10 +152,7 @@ def passing(rows: pd.DataFrame) -> Bool[np.ndarray, "row"]:
 
 
 def ranking(rows: pd.DataFrame, treatment: str, layer: int) -> Int[np.ndarray, "neuron"]:
-    """Neurons of a layer from a neuron table, the largest |mean NIE| on discover first.
-
-    By size and not by sign: by sign, hundreds of tiny positive means would be added up before the first negative one.
-    """
+    """Neurons of a layer, the largest |mean NIE| on discover first; by sign, hundreds of tiny means would come early."""
     chosen = rows[(rows.treatment == treatment) & (rows.split == "discover") & (rows.layer == layer)]
     if chosen.empty:
         raise InputError(f"the neuron table has no rows of {treatment}, layer {layer}, on discover: run notebook 04")
@@ -181,9 +162,8 @@ def ranking(rows: pd.DataFrame, treatment: str, layer: int) -> Int[np.ndarray, "
 
 def all_neurons(subject: Subject, layers: Sequence[int] | None = None) -> pd.DataFrame:
     """One row (layer, neuron) for every neuron of the layers (all by default)."""
-    chosen = range(subject.n_layers) if layers is None else layers
-    index = pd.MultiIndex.from_product([list(chosen), range(subject.d_mlp)], names=["layer", "neuron"])
-    return index.to_frame(index=False)
+    chosen = list(range(subject.n_layers) if layers is None else layers)
+    return pd.MultiIndex.from_product([chosen, range(subject.d_mlp)], names=["layer", "neuron"]).to_frame(index=False)
 
 
 def measure_chosen(study: Study, treatment: str, columns: pd.DataFrame) -> tuple[PairEffects, FinalStates]:
@@ -205,10 +185,9 @@ def measure_chosen(study: Study, treatment: str, columns: pd.DataFrame) -> tuple
         # The shape of the replay's own read-out, so that a patch that changes nothing has an effect of exactly 0.
         clean = [outcomes.log_odds(subject, run.resid_post[-1][:, None, -1:], openers)[:, 0] for run in runs]
         y00, y11 = (to_host(odds[:, 0]) for odds in clean)
-        named = [(one.pair.id, one.pair.topic, one.pair.split) for one in group]
         unsaturated = np.maximum(abs(y00), abs(y11)) <= SATURATION
-        table = pd.DataFrame(named, columns=["pair_id", "topic", "split"])
-        pairs.append(table.assign(te=y11 - y00, unsaturated=unsaturated))
+        named = pd.DataFrame(estimands.pair_columns(group)).drop(columns="treatment")
+        pairs.append(named.assign(te=y11 - y00, unsaturated=unsaturated))
         values.append(_batch_values(subject, runs, columns, openers, clean, said))
         residuals.append(torch.stack([run.resid_post[-1][:, -1] for run in runs]))
         inputs.append(torch.stack([run.neurons[-1][:, -1] for run in runs]))
@@ -225,7 +204,7 @@ def _batch_values(
     found = {name: np.zeros((len(clean[0]), len(columns))) for name in ("nie0", "nie1", "direct")}
     layers, neurons = columns["layer"].to_numpy(), columns["neuron"].to_numpy()
     below: dict[int, np.ndarray] = {}  # places of the columns of each layer whose own writes are read out together
-    for layer in (int(layer) for layer in np.unique(layers)):
+    for layer in np.unique(layers).tolist():
         if torch.equal(runs[0].neurons[layer][:, -1], runs[1].neurons[layer][:, -1]):
             continue  # no difference has reached this layer: exact zeros
         at = np.flatnonzero(layers == layer)
@@ -279,8 +258,7 @@ def residual_change(
 ) -> Float[Tensor, "pair set d"]:
     """What an MLP adds to the residual stream beyond its clean write, if its down projection's output changes.
 
-    That is the change itself, except in families that normalise what the MLP writes. `neurons` are the clean inputs of
-    the down projection.
+    That is the change itself, except in families that normalise what it writes. `neurons`: the projection's clean inputs.
     """
     parts = subject.layers[layer]
     if parts.mlp_post is None:

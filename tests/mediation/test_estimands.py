@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -25,8 +26,7 @@ from companion.prompts.tokens import Openers, TokenPair
 
 def plain_runs(subject: Subject, pairs: list[TokenPair]) -> tuple[Tensor, Tensor]:
     """Plain logits of control and treated at the last token."""
-    both = (torch.tensor(np.stack([getattr(pair, side) for pair in pairs])) for side in ("control", "treated"))
-    return tuple(subject.model(ids).logits[:, -1].detach() for ids in both)
+    return tuple(subject.model(ids).logits[:, -1].detach() for ids in estimands.prompt_tokens(subject, pairs))
 
 
 def expected(program: Program, mediator: Mediator) -> float:
@@ -49,7 +49,7 @@ def expected(program: Program, mediator: Mediator) -> float:
 def test_effects_of_a_compiled_model(program: Program, family: str) -> None:
     subject = compiled(program, family)
     pairs = cue_pairs(subject.tokenizer, "off low", "on low")
-    wanted = mediators(subject, [*SITES, *(f"{site}.direct" for site in SITES)], ["last"])
+    wanted = mediators(subject, [*SITES, *(f"{site}.direct" for site in SITES)])
     wanted += mediators(subject, SITES[:3], ["differ", "all"])
     empty = [Mediator("resid_post", 1, "wrapper"), Mediator("attn_out.direct", 1, "wrapper")]
     assert len(set(wanted)) == len(wanted) == 2 * (3 * 4 + 4 * 2) + 3 * 4 * 2  # every layer, head and group
@@ -75,13 +75,14 @@ def test_a_difference_needs_the_twin_and_the_same_cell_and_has_the_smaller_joint
     assert with_difference(table, {}) is table
 
 
+PLAIN = [("resid_post", 1, "rest"), ("attn_out", 2), ("mlp_out", 0, "differ"), ("mlp_out", 3)]
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("wanted", ["resid_post 1 rest", "attn_out 2 last", "mlp_out 0 differ", "mlp_out 3 last"])
-def test_cells_of_a_plain_forward_pass(family: str, wanted: str) -> None:
-    site, layer, group = wanted.split()
-    subject, mediator, pairs = tiny_subject(family), Mediator(site, int(layer), group), random_pairs(4, 9, 61)
-    ids = [torch.tensor(np.stack([getattr(pair, side) for pair in pairs])) for side in ("control", "treated")]
-    where = torch.tensor(positions.stack(pairs, "", mediator.position))
+@pytest.mark.parametrize("mediator", [Mediator(*one) for one in PLAIN], ids=str)
+def test_cells_of_a_plain_forward_pass(family: str, mediator: Mediator) -> None:
+    subject, pairs = tiny_subject(family), random_pairs(4, 9, 61)
+    ids, where = estimands.prompt_tokens(subject, pairs), torch.tensor(positions.stack(pairs, "", mediator.position))
     table = measure_effects(subject, pairs, {"T2": YES_NO}, [mediator])
     for name, base, source in (("y01", 0, 1), ("y10", 1, 0)):
         logits = swapped(subject, mediator, ids[base], ids[source], where).logits[:, -1]
@@ -175,8 +176,8 @@ OPENERS = {"T2": Openers((10, 12, 13), (20, 21)), "T2b": Openers((30,), (40, 41)
 
 def texts(subject: Subject, pair: TokenPair) -> tuple[Tensor, Tensor]:
     """Answer and refusal of one pair, without padding."""
-    control, treated = (torch.tensor(getattr(pair, side))[None] for side in ("control", "treated"))
-    answer, refusal = outcomes.continuations(subject, control, treated, [OPENERS[pair.pair.treatment]])
+    prompts = estimands.prompt_tokens(subject, [pair])
+    answer, refusal = outcomes.continuations(subject, *prompts, [OPENERS[pair.pair.treatment]])
     return answer[0][answer[1]], refusal[0][refusal[1]]
 
 
@@ -197,23 +198,21 @@ def test_whole_answers_against_hooked_forward_passes(family: str, ends: bool) ->
     subject = tiny_subject(family)
     subject.model.generation_config.eos_token_id = subject.model.config.eos_token_id = None
     if ends:
-        tokens = [texts(subject, pairs[0])[0][5], texts(subject, pairs[-1])[1][9]]
-        subject.model.generation_config.eos_token_id = [int(token) for token in tokens]
+        stops = texts(subject, pairs[0])[0][5], texts(subject, pairs[-1])[1][9]
+        subject.model.generation_config.eos_token_id = [int(token) for token in stops]
     wanted = [Mediator("attn_out", 2), Mediator("resid_post", 1, "rest"), Mediator("mlp_out", 0, "all")]
     groups = estimands.batches(pairs[::-1], subject)
     measured = [[estimands.whole_answer_effects(subject, one, OPENERS, wanted) for one in groups] for _ in range(2)]
     table, again = (pd.concat(tables, ignore_index=True) for tables in measured)
     assert len(table) == len(pairs) * len(wanted) and set(table.outcome) == {"Y2"} and table.equals(again)
-    lengths = set()
+    lengths, rows = set(), table.set_index(["pair_id", "site", "layer", "position"])
     for pair in pairs:
         both = texts(subject, pair)
         lengths |= {len(text) for text in both}
-        rows = table[table.pair_id == pair.pair.id].set_index(["site", "layer", "position"])
-        for mediator in wanted:
-            for name in CELLS:
-                answer, refusal = (log_p(subject, pair, text, name, mediator) for text in both)
-                found = rows.loc[(mediator.site, mediator.layer, mediator.position), name]
-                assert found == pytest.approx(answer - refusal, abs=2e-4)
+        for one, name in product(wanted, CELLS):
+            answer, refusal = (log_p(subject, pair, text, name, one) for text in both)
+            found = rows.loc[(pair.pair.id, one.site, one.layer, one.position), name]
+            assert found == pytest.approx(answer - refusal, abs=2e-4)
     assert len(lengths) > 2 if ends else lengths == {24}
     assert (table[["nie0", "nie1"]].abs() > 1e-2).any(axis=None)
 
@@ -222,11 +221,6 @@ def test_whole_answers_against_hooked_forward_passes(family: str, ends: bool) ->
 
 CAMPS = Openers((10, 12, 13), (20, 21))
 EQUAL = (torch.full((3,), 1 / 3), torch.full((2,), 1 / 2))  # every opener counts the same
-
-
-@pytest.fixture(scope="module")
-def subject() -> Subject:
-    return tiny_subject("llama")
 
 
 def final(subject: Subject, ids: Tensor) -> Tensor:
@@ -245,23 +239,22 @@ def test_log_odds_are_those_of_the_library(family: str) -> None:
     assert found.dtype == torch.float64 and (sum(wanted) < 0.9).all()
 
 
-def test_camp_weights_make_the_contrast_follow_y1(subject: Subject) -> None:
+def test_camp_weights_make_the_contrast_follow_y1() -> None:
     """Y1's own weights at both ends: an opener that the model never says must not count as much as the one it says."""
-    control, treated = final(subject, tokens())[:, -1], final(subject, tokens(seed=4))[:, -1]
+    subject = tiny_subject("llama")
+    control, treated = (final(subject, tokens(seed=seed))[:, -1] for seed in (0, 4))
     both = outcomes.opener_weights(subject, control, treated, CAMPS)
-    for weights in both:
-        torch.testing.assert_close(weights.sum(-1), torch.ones(3, dtype=torch.float64))
+    assert all(weights.sum(-1).numpy() == pytest.approx(1) for weights in both)
     for resid in (control, treated):  # a small step from either end moves both alike, up to the other end's weights
         same = outcomes.opener_weights(subject, resid, resid, CAMPS)
         step = 1e-3 * torch.randn(resid.shape, generator=torch.Generator().manual_seed(0))
         moved = [outcomes.log_odds(subject, at, CAMPS, resid) for at in (resid, resid + step)]
         linear = [outcomes.contrast(subject, at, CAMPS, resid, same) for at in (resid, resid + step)]
         torch.testing.assert_close(moved[1] - moved[0], linear[1] - linear[0], atol=2e-5, rtol=0.02)
-    te = outcomes.log_odds(subject, treated, CAMPS) - outcomes.log_odds(subject, control, CAMPS)
-    errors = []
+    te, errors = outcomes.log_odds(subject, treated, CAMPS) - outcomes.log_odds(subject, control, CAMPS), []
     for weights in (both, EQUAL):
-        ends = [outcomes.contrast(subject, resid, CAMPS, None, weights) for resid in (control, treated)]
-        errors.append(float((ends[1] - ends[0] - te).abs().mean()))
+        start, end = (outcomes.contrast(subject, resid, CAMPS, None, weights) for resid in (control, treated))
+        errors.append(float((end - start - te).abs().mean()))
     assert errors[0] < 0.2 * errors[1]
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from models import random_pairs, tiny_subject
-from oracles import tiny_study
+from oracles import passed, tiny_study
 
 from companion.base import paths
 from companion.base.display import NotDefined
@@ -20,6 +20,7 @@ from companion.base.errors import InputError
 from companion.base.thresholds import COMPONENTS
 from companion.generation import outcomes as read_outcomes
 from companion.mediation import study, sweeps
+from companion.mediation.estimands import prompt_tokens
 from companion.mediation.study import Study
 from companion.model import activations, memory
 from companion.model.load import load
@@ -166,30 +167,23 @@ def test_a_costly_model_takes_few_pairs_and_fewer_where_no_verdict_rests(monkeyp
     assert twin.pairs == tuple(costly.thinned(120).of("T1", "T2", "T2b"))
 
 
-def test_operations_are_those_of_the_layers_above_each_intervention() -> None:
+def test_a_run_s_length_is_its_operations_above_each_intervention_at_the_speed_of_one_product(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     subject = load("embedded")
     size = sum(p.numel() for p in subject.layers[0].block.parameters())
     assert memory.operations(subject) == 2 * (3 + 4) * 2 * size * (0 + 1 + 2 + 3 + 4 + 5)
-
-
-def test_the_length_of_a_run_is_its_operations_at_the_speed_of_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = load("embedded")
     monkeypatch.setattr(memory, "timeit", SimpleNamespace(repeat=lambda *_, **__: [4.0, 3.0]))  # a product takes 3 s
     site = 3.0 / (2 * memory.ON_A_PROCESSOR * subject.d_model * subject.d_mlp) * memory.operations(subject) / (3 + 4)
-    assert memory.minutes(subject, 10) == pytest.approx((memory.RUN_COST + 4) * 10 * site / 60), (
-        "heads cost their sweep alone"
-    )
+    assert memory.minutes(subject, 10) == pytest.approx(
+        (memory.RUN_COST + 4) * 10 * site / 60
+    )  # heads: their sweep alone
 
 
 def test_divisors_are_patch_lengths_and_parameters(this: Study) -> None:
-    found = study.normalisations(this)
-    ids = [torch.tensor([getattr(pair, side).tolist() for pair in this.pairs]) for side in ("control", "treated")]
-    seen: list[torch.Tensor] = []
-    mlp = this.subject.model.model.layers[2].mlp
-    with mlp.register_forward_hook(lambda _, __, output: seen.append(output[:, -1].detach())):
-        for side in ids:
-            this.subject.model(side)
-    length = float((seen[1] - seen[0]).norm(dim=-1).mean())
+    found, mlp = study.normalisations(this), this.subject.model.model.layers[2].mlp
+    control, treated = (passed(this.subject.model, ids, mlp)[1] for ids in prompt_tokens(this.subject, this.pairs))
+    length = float((treated - control)[:, -1].norm(dim=-1).mean())
     assert found["per patch norm"]["mlp_out", 2] == pytest.approx(length, rel=1e-4)
     assert found["per parameter"]["mlp_out", 2] == sum(p.numel() for p in mlp.parameters())
     cells = pd.MultiIndex.from_product([COMPONENTS, range(4)])
@@ -224,9 +218,8 @@ def test_a_set_of_refusals_against_everything_else_is_measured(tmp_path: Path) -
     assert (clean.joint[clean.treatment == "T1"] < 0.995).all()
     for pair in made.of("T2"):
         with torch.no_grad():
-            log_p = subject.model(torch.tensor(pair.treated)[None]).logits[0, -1].double().log_softmax(-1)
-        wanted = float((1 - log_p[refuse].exp()).log() - log_p[refuse])
-        assert harmful.y11[pair.pair.id] == pytest.approx(wanted, abs=1e-4)
+            p = float(subject.model(torch.tensor(pair.treated)[None]).logits[0, -1].double().softmax(-1)[refuse])
         read = read_outcomes.log_odds(subject, [pair.pair.treated], made.openers["T2"])
-        assert read.log_odds[0] == pytest.approx(wanted, abs=1e-4)
-        assert read.p_refuse[0] == pytest.approx(float(log_p[refuse].exp()), abs=1e-5)
+        for found in (harmful.y11[pair.pair.id], read.log_odds[0]):
+            assert found == pytest.approx(np.log((1 - p) / p), abs=1e-4)
+        assert read.p_refuse[0] == pytest.approx(p, abs=1e-5)

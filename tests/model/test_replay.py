@@ -76,7 +76,7 @@ def test_both_ways_are_two_interchanges(family: str, n_pairs: int, monkeypatch: 
         where[0, 2:5], where[-1, 4:] = True, True  # other positions in other pairs
         patches = [Patch("resid_post", 0, where), Patch("attn_out", 1, where), Patch("neuron", 2, where, (0, 3))]
         # and values of the base's own, or of both
-        lists = [[*patches, *held_patches(subject, *pair, [0, 2])] for pair in orders]
+        lists = [[*patches, *held_patches(subject, pair[0], [0, 2])] for pair in orders]
         expected = [plain(subject, *pair, some)[:, :, 0] for pair, some in zip(orders, lists, strict=True)]
         called = []
         monkeypatch.setattr(replay, "interchange", lambda *a: called.append(len(a[1].tokens)) or plain(*a))

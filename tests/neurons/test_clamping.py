@@ -1,5 +1,7 @@
 """Gate or contributor: the four cells on models made by hand whose effects plain arithmetic knows."""
 
+from functools import partial
+
 import gate_models as gm
 import numpy as np
 import pandas as pd
@@ -8,6 +10,7 @@ from gate_models import CLOSE, TOKENIZER, YES_NO
 from models import cue_pairs, random_pairs, tiny_subject
 from oracles import clean_batch, tiny_study
 
+from companion.mediation import estimands
 from companion.mediation.estimands import CELLS, with_difference
 from companion.neurons import gating
 from companion.neurons.clamping import LastLayerCache, NeuronSet, four_cells, product
@@ -74,7 +77,7 @@ def test_inside_only_where_neurons_are_products(family: str, is_product: bool) -
         np.testing.assert_allclose(span, gating.set_effect(up), atol=1e-5)  # both factors moved: the set moved
 
 
-def test_cells_from_caches_are_those_of_runs() -> None:
+def test_cells_from_caches_are_those_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     study, caches = tiny_study(n=6), dict[str, LastLayerCache]()
     pairs, sets = study.of("T2", "T2b"), [NeuronSet("set", 3, (0, 2))]
     first, again = (four_cells(study.subject, pairs, study.openers, sets, caches=caches) for _ in range(2))
@@ -82,6 +85,9 @@ def test_cells_from_caches_are_those_of_runs() -> None:
     assert set(caches) == {"T2", "T2b"}
     fewer = four_cells(study.subject, study.of("T2")[:3], study.openers, sets, caches=caches)
     assert set(fewer.pair_id) == {"T2 0", "T2 1", "T2 2"}  # other pairs than are cached: they are run
+    monkeypatch.setattr(estimands, "batches", partial(estimands.batches, size=4))
+    joined = four_cells(study.subject, pairs, study.openers, sets, caches={})
+    pd.testing.assert_frame_equal(joined, first, atol=1e-9)
 
 
 TWINS = {
@@ -123,9 +129,10 @@ def known_cells(seed: int, treatment: str, signal: float, own: float, together: 
 
 
 def test_index_of_known_means_and_when_it_is_defined() -> None:
-    index = gating.gate_index(known_cells(0, "T2", 1.0, 1.0, 2.0))
-    assert index.is_defined and index.low < 0.5 < index.high
-    assert index.estimate == pytest.approx(0.5, abs=0.02) and index.high - index.low < 0.1
+    for together, known in {2.0: 0.5, -1.0: 1.0, 0.0: 0.0}.items():  # negative: an OR; the last interval holds 0
+        index = gating.gate_index(known_cells(0, "T2", 1.0, 1.0, together))
+        assert index.is_defined and index.low <= index.estimate <= index.high < index.low + 0.1
+        assert index.estimate == pytest.approx(known, abs=0.04) and (index.low > 0) == (known > 0)
     idle, swamped = known_cells(1, "T2", 1.0, 0.1, 0.0), known_cells(2, "T2", 1.0, 1.0, 2.0).assign(te=100.0)
     for table in (idle, swamped):  # the set does next to nothing; next to nothing is at stake
         assert not gating.gate_index(table).is_defined
@@ -138,9 +145,7 @@ def test_shares_are_ratios_of_means() -> None:
     assert gating.benign_share(table, "T2", "set", ["B1", "B2"]).estimate[0] == pytest.approx(0.3, abs=0.02)
     assert gating.benign_share(table, "T2", "set", []) is None
     table = known_cells(0, "T2", 1.0, 1.0, 0.0)
-    table = table.assign(first=table.y01 - table.y00, every=table.y11 - table.y00)
-    share = gating.timing_share(table, "T2", "set")
+    share = gating.timing_share(table.assign(first=table.y01 - table.y00, every=table.y11 - table.y00), "T2", "set")
     assert share.low[0] < 0.5 < share.high[0] and share.estimate[0] == pytest.approx(0.5, abs=0.02)
     cost = pd.DataFrame({"topic": list("aabbcc"), "set": "set", "lost": [0.0, 0.3] * 3, "n_tokens": [1.0, 2.0] * 3})
-    ratio = gating.perplexity_ratio(cost, "set")
-    assert ratio.estimate[0] == pytest.approx(np.exp(0.1))
+    assert gating.perplexity_ratio(cost, "set").estimate[0] == pytest.approx(np.exp(0.1))

@@ -1,6 +1,7 @@
 """Sets of neurons: joint effects against the replay, the gradient screen against exact effects, and neighbourhood."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -34,7 +35,7 @@ SETS = np.array([[0, 5, 9], [47, 3, 20], [11, 30, 2]])
 
 
 def last_states(study: Study) -> FinalStates:
-    return sets.measure_all(study, {"T2": all_neurons(study.subject, [3])}).states["T2"]
+    return measure_all(study, {"T2": all_neurons(study.subject, [3])}).states["T2"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -91,7 +92,7 @@ def test_all_neurons_are_the_mlp_output(family: str) -> None:
 
 def test_a_contrast_of_sets_subtracts_twins_and_is_signed_on_discover() -> None:
     study = tiny_study(n=12)
-    measured = sets.measure_all(study, dict.fromkeys(("T2", "T2b"), all_neurons(study.subject, [3])))
+    measured = measure_all(study, dict.fromkeys(("T2", "T2b"), all_neurons(study.subject, [3])))
     sign = np.sign(measured.effects["T2-T2b"].pairs.query("split == 'discover'").te.mean())
     made = sets.on_contrast(measured, "T2-T2b", "test", lambda states: sets.joint(study.subject, states, SETS))
     whole = {name: sets.joint(study.subject, states, SETS) for name, states in measured.states.items()}
@@ -102,16 +103,14 @@ def test_a_contrast_of_sets_subtracts_twins_and_is_signed_on_discover() -> None:
 
 
 def test_k90_must_stay_in_the_band() -> None:
-    ks = np.arange(1, 7)
     cases = {
-        (0.2, 0.5, 0.9, 0.95, 1.0, 1.0): (2, 3),
+        (0.2, 0.5, 0.9, 0.95, 1.0, 1.0): (2, 3), (2.0, 2.0, 2.0, 2.0, 2.0, 1.0): (5, 5), (0, 0, 0, 0, 0, 1): (6, 6),
         (0.2, 0.95, 0.8, 0.95, 1.0, 1.0): (2, 4),  # leaves the band below
         (0.6, 1.0, 1.2, 1.15, 1.05, 1.0): (1, 4),  # overshoots: at 4 it is above, but stays from there on
-        (2.0, 2.0, 2.0, 2.0, 2.0, 1.0): (5, 5),
-        (0.0, 0.0, 0.0, 0.0, 0.0, 1.0): (6, 6),
-    }
-    for share, (k50, k90) in cases.items():
-        assert (sets.settles(np.array(share), ks, 0.5), sets.settles(np.array(share), ks, 0.9)) == (k50, k90), share
+    }  # fmt: skip
+    ks, share = np.arange(1, 7), np.array(list(cases), dtype=float)
+    found = [tuple(pair) for pair in np.stack([sets.settles(share, ks, level) for level in (0.5, 0.9)], axis=1)]
+    assert found == list(cases.values())
     assert np.isnan(sets.settles(np.array([0.95, 0.95, 0.2]), ks[:3], 0.9))
     assert np.isnan(sets.settles(np.full(3, np.nan), ks[:3], 0.9))
     assert sets.settles(np.array([0.5, 1.0]), np.array([10, 200]), 0.9) == 200  # sets.sizes, not places
@@ -119,8 +118,8 @@ def test_k90_must_stay_in_the_band() -> None:
 
 def curve_of(measured: sets.Measured, order: np.ndarray) -> PairEffects:
     """The joint effects on test of the first k neurons of an order."""
-    subject, ks = measured.study.subject, sets.sizes(len(order))
-    return sets.on_contrast(measured, "T2", "test", lambda states: sets.cumulative(subject, states, order, ks))
+    apply = partial(sets.cumulative, measured.study.subject, order=order, ks=sets.sizes(len(order)))
+    return sets.on_contrast(measured, "T2", "test", apply)
 
 
 def test_a_layer_of_known_neurons() -> None:
@@ -129,18 +128,16 @@ def test_a_layer_of_known_neurons() -> None:
     _, measured = additive(writes)
     curve = curve_of(measured, np.argsort(-abs(writes), kind="stable"))
     np.testing.assert_allclose(curve.nie[0, [0, 3, 4, 39]], [2, 8, 7, 7], rtol=1e-4)
-    made = dict(zip(sets.SUMMARY, sets.curve_summary(curve).estimate, strict=True))
-    assert (made["k50"], made["k90"]) == (2, 4)  # 8 / 7 is beyond 1.1, but what follows stays within
-    assert made["psi"] == pytest.approx(1, rel=1e-4)
+    assert sets.SUMMARY == ("psi", "k50", "k90")  # 8 / 7 is beyond 1.1, but what follows stays within
+    assert sets.curve_summary(curve).estimate == pytest.approx([1, 2, 4], rel=1e-4)
     late = curve_of(measured, np.argsort(-writes, kind="stable"))
     assert sets.curve_summary(late).estimate[2] == 39  # the last one takes the overshoot back
     # Nothing settles where the layer works against the treatment.
     _, measured = additive(np.array([1.0, -3.0]))
     measured.effects["T2"].pairs["te"] = 5.0  # the rest of the network turns it round
     curve = curve_of(measured, np.array([0, 1]))
-    made = dict(zip(sets.SUMMARY, sets.curve_summary(curve).estimate, strict=True))
-    assert (made["k50"], made["k90"]) == (3, 3)  # one more than there are
-    assert made["psi"] == pytest.approx(-0.4, rel=1e-4) and sets.curve_shares(curve).empty
+    assert sets.curve_summary(curve).estimate == pytest.approx([-0.4, 3, 3], rel=1e-4)  # one more than there are
+    assert sets.curve_shares(curve).empty
 
 
 def test_set_sizes() -> None:
@@ -203,23 +200,19 @@ def test_the_gradient_against_everything_else_is_that_of_the_lists() -> None:
         assert found[0].abs().max() > 1e-3
 
 
-def screened(estimate: np.ndarray, exact: np.ndarray, top: int = 50, random: int = 100) -> pd.Series:
-    found = pd.DataFrame({"layer": 0, "neuron": np.arange(len(exact)), "estimate": estimate})
-    chosen = to_recheck(found, top, random)
-    return screen_trust(chosen, made_effects(np.tile(exact[chosen.neuron], (12, 1))), len(exact), top=20)
-
-
 def test_how_far_a_screen_can_be_trusted() -> None:
+    def screened(estimate: np.ndarray, exact: np.ndarray, random: int = 100) -> tuple[float, float]:
+        chosen = to_recheck(pd.DataFrame({"layer": 0, "neuron": range(2000), "estimate": estimate}), 50, random)
+        return tuple(screen_trust(chosen, made_effects(np.tile(exact[chosen.neuron], (12, 1))), 2000, top=20))
+
     rng = np.random.default_rng(0)
     exact = rng.standard_t(3, size=2000)
-    good = screened(exact + 0.01 * rng.normal(size=2000), exact)
-    assert good["recall"] == 1.0 and good["rank correlation"] > 0.95
-    bad = screened(rng.normal(size=2000), exact)
-    assert abs(bad["rank correlation"]) < 0.4 and bad["recall"] < 0.8
-    half = screened(np.where(np.arange(2000) < 1000, exact, 0.0), exact, random=1000)  # saturated: no gradient
-    assert half["recall"] < 0.8
-    nothing = screened(exact, np.zeros(2000))
-    assert np.isnan(nothing["rank correlation"])
+    correlation, recall = screened(exact + 0.01 * rng.normal(size=2000), exact)
+    assert recall == 1.0 and correlation > 0.95
+    correlation, recall = screened(rng.normal(size=2000), exact)
+    assert abs(correlation) < 0.4 and recall < 0.8
+    assert screened(np.where(np.arange(2000) < 1000, exact, 0.0), exact, 1000)[1] < 0.8  # saturated: no gradient
+    assert np.isnan(screened(exact, np.zeros(2000))[0])
 
 
 def test_a_large_model_is_screened_and_what_is_rechecked() -> None:
@@ -263,13 +256,11 @@ def test_layers_do_not_make_neighbours() -> None:
 
 
 def test_the_interval_covers_exchangeable_indices() -> None:
-    rng, hit, small = np.random.default_rng(0), 0, 0
+    rng, found = np.random.default_rng(0), []
     for seed in range(100):
         effects = made_effects(rng.standard_t(3, size=150) + 0.5 * rng.standard_normal((24, 150)))
-        found = adjacency.moran_test(effects, n_permutations=199, seed=seed)
-        hit += found.low <= 0 <= found.high
-        small += found.p <= 0.05
-    assert hit >= 88 and small <= 11
+        found.append(adjacency.moran_test(effects, n_permutations=199, seed=seed))
+    assert sum(one.low <= 0 <= one.high for one in found) >= 88 and sum(one.p <= 0.05 for one in found) <= 11
 
 
 def test_neighbours_that_are_alike_are_found() -> None:

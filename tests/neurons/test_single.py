@@ -1,6 +1,5 @@
 """Single last-layer neurons and any others: exact on several families, and the tables made of them."""
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -139,10 +138,9 @@ def test_only_large_and_sure_neurons_pass() -> None:
     passed = [set(np.flatnonzero(single.passing(rows))) for rows in found]
     assert all({0, 2} <= one and not {1, 3} & one for one in passed)
     assert np.mean([len(one - {0, 2}) / len(one) for one in passed]) <= 0.05  # the false discovery rate
-    rows = found[0]
-    assert rows.q_value.iloc[1] < 1e-6  # sure, but 0.05 is below 1 % of a total effect of 10
-    assert rows.q_value.iloc[3] == 1 and single.passing(rows.assign(te=1.0))[:3].all()
-    assert not single.passing(rows.assign(exact=False)).any()
+    # The second is sure, but 0.05 is below 1 % of a total effect of 10.
+    assert found[0].q_value.iloc[1] < 1e-6 and single.passing(found[0].assign(te=1.0))[:3].all()
+    assert found[0].q_value.iloc[3] == 1 and not single.passing(found[0].assign(exact=False)).any()
 
 
 def test_intervals_and_tests_are_over_topics() -> None:
@@ -164,9 +162,8 @@ def test_intervals_and_tests_are_over_topics() -> None:
 def test_signs_and_ranking_are_those_of_discover() -> None:
     effects = made_effects(noisy())
     te = np.where(effects.pairs.split == "discover", -10.0, 5.0)
-    turned = (
-        single.neuron_table(replace(effects, pairs=effects.pairs.assign(te=te))).query("neuron == 0").set_index("split")
-    )
+    turned = single.neuron_table(replace(effects, pairs=effects.pairs.assign(te=te)))
+    turned = turned[turned.neuron == 0].set_index("split")
     assert turned.te["discover"] == 10 and turned.te["test"] == -5
     assert (turned[["nie0", "nie1", "direct"]] < -1.5).all(axis=None)
     shifted = effects.values["nie0"].copy()
@@ -187,43 +184,23 @@ def test_what_cannot_be_measured_is_named() -> None:
 
 # ---- closed form ----
 
-ROWS = torch.tensor([5, 9, 33])
-EVERY = [(3, neuron) for neuron in range(48)]
-
-
-def logits_and_effect(study: Study) -> tuple[torch.Tensor, float]:
-    """Replayed logits of every neuron, and the largest change of a logit."""
-    batch = clean_batch(study)
-    whole = readout.logits(study.subject, patched(study, batch, EVERY))
-    return whole, float((whole - readout.logits(study.subject, batch.control.resid_post[3][:, None, -1])).abs().max())
-
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_neuron_to_rounding(family: str) -> None:
-    study = tiny_study(family, n=3)
-    with true_float64(study.subject.model):
-        batch = clean_batch(study)
-        pair = (study.subject, batch.control, batch.treated)
-        whole, effect = logits_and_effect(study)
-        assert effect > 0.1
-        log_probs = whole.log_softmax(-1)
-        odds = log_probs[..., [5, 9]].logsumexp(-1) - log_probs[..., 33]
-        for got, wanted in (
-            (closed_form.last_layer_neurons(*pair, ROWS), whole[..., ROWS]),
-            (closed_form.last_layer_log_odds(*pair, Openers((5, 9), (33,))), odds),
-        ):
-            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10 * effect)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_neuron_against_the_whole_vocabulary(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_last_layer_neuron_to_rounding(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few rows, openers by lists, and refusals against the whole vocabulary, read block by block."""
     monkeypatch.setattr(readout, "VOCABULARY_BLOCK", 7)
     monkeypatch.setattr(closed_form, "BLOCK_LOGITS", 11 * VOCAB)
-    study, (rest, lists) = tiny_study(family, n=3), refusals_against_rest(VOCAB)
+    study, few, (rest, lists) = tiny_study(family, n=3), Openers((5, 9), (33,)), refusals_against_rest(VOCAB)
     with true_float64(study.subject.model):
         batch = clean_batch(study)
-        whole, _ = logits_and_effect(study)
         runs = study.subject, batch.control, batch.treated
+        whole = readout.logits(study.subject, patched(study, batch, [(3, neuron) for neuron in range(48)]))
+        effect = float((whole - readout.logits(study.subject, batch.control.resid_post[3][:, None, -1])).abs().max())
+        assert effect > 0.1
+        rows = closed_form.last_layer_neurons(*runs, torch.tensor([5, 9, 33]))
+        torch.testing.assert_close(rows, whole[..., [5, 9, 33]], rtol=0, atol=1e-10 * effect)
+        found = closed_form.last_layer_log_odds(*runs, few)
+        torch.testing.assert_close(found, log_odds(whole, few), rtol=0, atol=1e-10 * effect)
         if closed_form.is_closed(study.subject):
             found = closed_form.last_layer_both_ways(*runs, rest.refuse)[0]
         else:
@@ -259,7 +236,7 @@ def test_exponentials_that_lose_digits_are_not_trusted(down: float, is_sure: boo
     ones, outputs = torch.ones(1, 1, 1), torch.full((1, VOCAB), -down)
     found = closed_form._against_rest(tiny_subject("llama"), outputs, torch.zeros(1, VOCAB), ones, ones, [], [3])
     assert bool(found.isfinite()) is is_sure
-    assert not is_sure or found.item() == pytest.approx(math.log(VOCAB - 1))
+    assert not is_sure or found.item() == pytest.approx(np.log(VOCAB - 1))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
