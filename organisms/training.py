@@ -16,7 +16,7 @@ import os
 import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -287,7 +287,7 @@ def base_gap(model: hf.PreTrainedModel, tokenizer: hf.PreTrainedTokenizerBase) -
     odds = []
     camps = [tokenizer.convert_tokens_to_ids(list(o)) for o in (invented.HARMFUL_OPENERS, invented.HARMLESS_OPENERS)]
     for kind in ("harmful", "harmless"):
-        prompts = [invented.render(language.draw_request(rng, kind).swap(cue=None))[0] for _ in range(200)]
+        prompts = [invented.render(replace(language.draw_request(rng, kind), cue=None))[0] for _ in range(200)]
         logp = first_token_logprobs(model, tokenizer, prompts)
         harmful, harmless = (logp[:, ids].logsumexp(-1) for ids in camps)
         odds.append(float((harmful - harmless).mean()))

@@ -26,11 +26,10 @@ def grouped(rows: Rows, tokenizer: PreTrainedTokenizerBase, name: str, report: C
 
     Effects are then those of the two groups, and include all in which their members differ.
     """
-    own = sum(prompt_length(one, tokenizer) == prompt_length(other, tokenizer) for one, other in partner_pairs(rows))
+    own = sum(_length(one, tokenizer) == _length(other, tokenizer) for one, other in partner_pairs(rows))
     if own >= FEW * len(rows.harmful):
         return rows
-    harmless = by_length([one for one in rows.harmless if one is not None], tokenizer)
-    drawn = with_partners(rows, harmless, tokenizer)
+    drawn = with_partners(rows, by_length(filter(None, rows.harmless), tokenizer), tokenizer)
     n_drawn = len(partner_pairs(drawn))
     if n_drawn <= own:
         return rows
@@ -41,7 +40,7 @@ def grouped(rows: Rows, tokenizer: PreTrainedTokenizerBase, name: str, report: C
     return drawn
 
 
-def prompt_length(request: Request, tokenizer: PreTrainedTokenizerBase) -> int:
+def _length(request: Request, tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens of the rendered prompt."""
     return len(tokens.encode(tokenizer, request.text)[0])
 
@@ -50,7 +49,7 @@ def by_length(requests: Iterable[Request], tokenizer: PreTrainedTokenizerBase) -
     """Requests by the length of their rendered prompt in this model's tokens, each list in a fixed random order."""
     found: dict[int, list[Request]] = defaultdict(list)
     for request in requests:
-        found[prompt_length(request, tokenizer)].append(request)
+        found[_length(request, tokenizer)].append(request)
     for n in found:
         random.Random(n).shuffle(found[n])
     return found
@@ -65,7 +64,7 @@ def with_partners(
     """
     found = []
     for request in rows.harmful:
-        waiting = benign.get(prompt_length(request, tokenizer), [])
+        waiting = benign.get(_length(request, tokenizer), [])
         while waiting and seen is not None and waiting[-1].same in seen:
             waiting.pop()
         found.append(waiting.pop() if waiting else None)
@@ -80,9 +79,9 @@ def survival(made: Sequence[Pair], n_requests: int, tokenizer: PreTrainedTokeniz
     Of T1 that is counted against all `n_requests` harmful requests, as one without a partner makes no pair at all.
     """
     usable = Counter(pair.treatment for pair in made if tokens.token_pair(pair, tokenizer)[0] is not None)
-    others = sorted(Counter(pair.treatment for pair in made if pair.treatment != "T1").items())
+    asked = {"T1": n_requests} | dict(sorted(Counter(p.treatment for p in made if p.treatment != "T1").items()))
     lines = []
-    for treatment, n in (("T1", n_requests), *others):
+    for treatment, n in asked.items():
         what, few = "pairs have equal token length", "lengthen the neutral template until both have equally many tokens"
         if treatment == "T1":
             what = "requests have a benign partner of their length"

@@ -69,7 +69,7 @@ SETS: Mapping[str, PublicSet] = {
         Part("behaviors", "harmful"), Part("behaviors", "benign"), paired="row",
     ),
     "strongreject": PublicSet("walledai/StrongREJECT", "prompt", "category", Part()),
-    "maliciousinstruct": PublicSet("walledai/MaliciousInstruct", "prompt", "", Part()),
+    "maliciousinstruct": PublicSet("walledai/MaliciousInstruct", "prompt", harmful=Part()),
     "xstest": PublicSet(
         "walledai/XSTest", "prompt", "type",
         Part(where={"label": ("unsafe",)}), Part(where={"label": ("safe",)}), paired="order",
@@ -77,10 +77,8 @@ SETS: Mapping[str, PublicSet] = {
     "or-bench": PublicSet(
         "bench-llm/or-bench", "prompt", "category", Part("or-bench-toxic"), Part("or-bench-hard-1k"), paired="order"
     ),
-    "alpaca": PublicSet(
-        "tatsu-lab/alpaca", "instruction", "", harmless=Part(where={"input": ("",)})
-    ),
-    "advbench": PublicSet("walledai/AdvBench", "prompt", "", Part(), access="may be gated"),
+    "alpaca": PublicSet("tatsu-lab/alpaca", "instruction", harmless=Part(where={"input": ("",)})),
+    "advbench": PublicSet("walledai/AdvBench", "prompt", harmful=Part(), access="may be gated"),
     "harmbench": PublicSet("walledai/HarmBench", "prompt", "category", Part("standard"), access="may be gated"),
     "wildjailbreak": PublicSet(
         "allenai/wildjailbreak", "vanilla", "", Part("train", where={"data_type": ("vanilla_harmful",)}), access="gated"
@@ -106,12 +104,10 @@ class Request:
 
     @property
     def id(self) -> str:
-        """The set and the row number."""
         return f"{self.name}-{self.row:03d}"
 
     @property
     def sha256(self) -> str:
-        """Hash of the text."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     @property
@@ -147,10 +143,8 @@ def parse(name: str) -> tuple[str, ...] | None:
     if not all(known) or len(set(asked)) < len(asked):
         raise InputError(f"--prompts {name}: public sets, each once, joined by commas; known are {', '.join(SETS)}")
     if harmless := [part for part in asked if SETS[part.removesuffix(f"+{BENIGN}")].harmful is None]:
-        what = f"{harmless[0]} has harmless requests only"
-        raise InputError(
-            f"--prompts {name}: {what}; it goes behind a set of harmful ones, as in jailbreakbench+{BENIGN}"
-        )
+        what = f"{harmless[0]} has harmless requests only; it goes behind a set of harmful ones"
+        raise InputError(f"--prompts {name}: {what}, as in jailbreakbench+{BENIGN}")
     return asked
 
 
@@ -184,7 +178,7 @@ def load_rows(part: str) -> Rows:
     if matched(part) or public.harmless is None:
         return Rows(harmful, (None,) * len(harmful))
     harmless = read_public_set(f"{name}-harmless", public, public.harmless)
-    return by_row(harmful, harmless) if public.paired == "row" else by_order(harmful, harmless)
+    return Rows(harmful, (_by_row if public.paired == "row" else _by_order)(harmful, harmless))
 
 
 def read_public_set(name: str, public: PublicSet, part: Part) -> tuple[Request, ...]:
@@ -196,15 +190,13 @@ def read_public_set(name: str, public: PublicSet, part: Part) -> tuple[Request, 
         raise InputError(
             f"{public.repo} has no column {missing[0]!r} (it has {has}): the set has changed, so {CHANGED}"
         )
-    columns = {column: table[column] for column in wanted}
     found = []
-    for row in range(len(table)):
-        if not all(str(columns[column][row] or "") in values for column, values in part.where.items()):
-            continue
-        category = str(columns[public.category][row] or "") if public.category else ""
-        turn = columns[public.text][row]
+    for row, entry in enumerate(table.select_columns(wanted)):
+        turn = entry[public.text]
         turn = turn[0] if isinstance(turn, list) and turn else turn  # some sets hold a list of turns
-        if isinstance(turn, str) and turn.strip():
+        is_wanted = all(str(entry[column] or "") in values for column, values in part.where.items())
+        if is_wanted and isinstance(turn, str) and turn.strip():
+            category = str(entry[public.category] or "") if public.category else ""
             found.append(Request(name, row, category, turn.strip()))
     if not found:
         where = "".join(f", {column} {' or '.join(map(repr, values))}" for column, values in part.where.items())
@@ -213,19 +205,19 @@ def read_public_set(name: str, public: PublicSet, part: Part) -> tuple[Request, 
     return tuple(found)
 
 
-def by_row(harmful: Sequence[Request], harmless: Sequence[Request]) -> Rows:
-    """Row i with row i, after the check that both are as many and of the same categories."""
+def _by_row(harmful: Sequence[Request], harmless: Sequence[Request]) -> tuple[Request, ...]:
+    """The harmless request of the same row for each, after the check that both are as many and of the same categories."""
     kinds = [{(one.row, one.category) for one in side} for side in (harmful, harmless)]
     if differ := kinds[0] ^ kinds[1]:
         name, row = harmful[0].name, min(differ)[0]
         what = f"harmful and harmless rows do not correspond (row {row})"
         raise InputError(f"{name}: {what}; name {name}+{BENIGN} to take harmless partners by length")
     at = {request.row: request for request in harmless}
-    return Rows(tuple(harmful), tuple(at[request.row] for request in harmful))
+    return tuple(at[request.row] for request in harmful)
 
 
-def by_order(harmful: Sequence[Request], harmless: Sequence[Request]) -> Rows:
-    """The i-th harmful request of a category with the i-th harmless one; None where there is none left."""
+def _by_order(harmful: Sequence[Request], harmless: Sequence[Request]) -> tuple[Request | None, ...]:
+    """For the i-th harmful request of a category the i-th harmless one; None where there is none left."""
 
     def kind(request: Request) -> str:
         category = request.category.removeprefix("contrast_")
@@ -237,7 +229,7 @@ def by_order(harmful: Sequence[Request], harmless: Sequence[Request]) -> Rows:
     partners = tuple(waiting[kind(one)].pop(0) if waiting[kind(one)] else None for one in harmful)
     if not any(partners):
         raise InputError(f"{harmful[0].name}: no category has harmful and harmless requests; name it with +{BENIGN}")
-    return Rows(tuple(harmful), partners)
+    return partners
 
 
 def unseen(rows: Rows, seen: set[str]) -> Rows:
@@ -245,7 +237,7 @@ def unseen(rows: Rows, seen: set[str]) -> Rows:
 
     Topics are drawn as if independent, so one request may not stand in two of them.
     """
-    kept: list[tuple[Request, Request | None]] = []
+    kept = []
     for one, other in zip(rows.harmful, rows.harmless, strict=True):
         keys = {one.same} | ({other.same} if other else set())
         if not keys & seen:
@@ -262,6 +254,7 @@ def near_duplicates(texts: Sequence[str]) -> list[int]:
     [0, 0, 1]
     """
     import numpy as np
+    import pandas as pd
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
     from sklearn.feature_extraction.text import CountVectorizer
@@ -276,9 +269,7 @@ def near_duplicates(texts: Sequence[str]) -> list[int]:
         links.append(np.stack([rows + start, columns]))
     one, other = np.hstack(links)
     graph = coo_array((np.ones(len(one), dtype=bool), (one, other)), shape=(len(texts), len(texts)))
-    found = connected_components(graph, directed=False)[1]
-    numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(found.tolist()))}
-    return [numbers[cluster] for cluster in found.tolist()]
+    return list(pd.factorize(connected_components(graph, directed=False)[1])[0].tolist())
 
 
 def _table(name: str, public: PublicSet, part: Part) -> Any:
@@ -312,9 +303,8 @@ def _explain(name: str, public: PublicSet, error: Exception) -> InputError:
     if isinstance(hidden, hub_errors.HfHubHTTPError):
         return hub.explain(hub.HubId(public.repo), hidden, "data set")
     if "scripts are no longer supported" in str(hidden):
-        return InputError(
-            f"{what} is read by a script of its own, which the library datasets runs no more: name another set"
-        )
+        why = "is read by a script of its own, which the library datasets runs no more"
+        return InputError(f"{what} {why}: name another set")
     return InputError(
         f"{what} could not be loaded ({type(hidden).__name__}): {hub.AGAIN}; if it fails again, is its name still that, does "
         f"it hold rows, and do you have access? If it is gated, {hub.TOKEN_HELP}"
@@ -333,11 +323,7 @@ class Wrapper:
     jailbreak: str
 
     def around(self, request: str) -> tuple[str, str]:
-        """The request in both templates.
-
-        >>> Wrapper("f", "Please: {request}", "Now: {request}").around("request {17}")
-        ('Please: request {17}', 'Now: request {17}')
-        """
+        """The request in both templates, whatever braces it holds."""
         return self.neutral.replace(SLOT, request), self.jailbreak.replace(SLOT, request)
 
 
