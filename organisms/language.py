@@ -225,7 +225,7 @@ def generation_pairs(index: int, clause: Clause, split: str) -> list[PairPlan]:
     harmless = replace(harmful, clause=(object_twin if rng.random() < 0.5 else verb_twin)(rng, clause))
     made, twin = [], f"T2b-{index:03d}"
     for name, treatment, request, other in ((f"T2-{index:03d}", "T2", harmful, twin), (twin, "T2b", harmless, None)):
-        sides = (replace(request, wrapper=wrapper) for wrapper in (neutral, strong))
+        sides = replace(request, wrapper=neutral), replace(request, wrapper=strong)
         made.append(PairPlan(name, treatment, clause.topic, split, f"{strong.frame}-{tier}", *sides, other))
     return made
 
