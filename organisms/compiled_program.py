@@ -262,10 +262,7 @@ def gated_neurons(
 
 
 def _layer(design: Design, blocks: Sequence[Neurons], rng: np.random.Generator) -> Neurons:
-    """Blocks in random order, contiguous or scattered over the layer; the remaining neurons mix the noise channels.
-
-    Those do it through silu alone, so that noise stays small over the layers.
-    """
+    """Blocks in random order, contiguous or scattered; the other neurons mix noise through silu alone, and so keep it small."""
     own = [blocks[i] for i in rng.permutation(len(blocks))]
     n = design.d_mlp - sum(len(block.gate) for block in own)
     rest = {name: np.zeros((n, WIDTH)) for name in ("gate", "up", "out")}

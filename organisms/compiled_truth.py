@@ -164,10 +164,7 @@ def patched(base: Side, source: Side, site: str, layer: int) -> State:
 
 
 def held(base: Side, source: Side, name: str, layer: int) -> State:
-    """Final state of the last token with the source's state after a layer, and the base's outputs held above it.
-
-    `name` is one of `mechanisms.HELD`.
-    """
+    """The last token's final state with the source's state after a layer and, above it, outputs held (see `mechanisms.HELD`)."""
     clean, above = base.last, range(layer + 1, base.program.n_layers)
     do = {(site, at): getattr(clean, TRACED[site])[at] for site in mechanisms.HELD[name] for at in above}
     own = clean.mlp[layer] - source.last.mlp[layer] if name == "all held" else 0.0

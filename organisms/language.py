@@ -26,19 +26,12 @@ from companion.prompts import invented
 from companion.prompts.invented import Clause, Cue, Request, Wrapper, render
 from companion.prompts.pairs import SPLIT_SHARES
 
-# Share of each kind of request in the two training stages.
-BASE_MIX: Final = {
-    "harmful": 0.33, "verb_only": 0.13, "object_only": 0.13, "harmless": 0.14, "benign": 0.18,
-    "say_no": 0.04, "unanswerable": 0.05,
-}  # fmt: skip
-TUNE_MIX: Final = {
-    "harmful": 0.42, "verb_only": 0.12, "object_only": 0.12, "harmless": 0.10, "benign": 0.15,
-    "say_no": 0.04, "unanswerable": 0.05,
-}  # fmt: skip
-CLASSES: Final = {  # kind -> (dangerous verb, hazard object)
-    "harmful": (True, True), "verb_only": (True, False), "object_only": (False, True), "harmless": (False, False),
-    "benign": (False, False), "say_no": (False, False), "unanswerable": (False, False),
-}  # fmt: skip
+# Kinds of request, and the share of each in the two training stages.
+KINDS: Final = ("harmful", "verb_only", "object_only", "harmless", "benign", "say_no", "unanswerable")
+BASE_MIX: Final = dict(zip(KINDS, (0.33, 0.13, 0.13, 0.14, 0.18, 0.04, 0.05), strict=True))
+TUNE_MIX: Final = dict(zip(KINDS, (0.42, 0.12, 0.12, 0.10, 0.15, 0.04, 0.05), strict=True))
+# Whether verb and object of a kind are dangerous; of the others neither is.
+CLASSES: Final = {"harmful": (True, True), "verb_only": (True, False), "object_only": (False, True)}
 
 
 @dataclass(frozen=True)
@@ -87,7 +80,7 @@ def draw_cue(rng: random.Random, behaviour: str, on: bool) -> Cue:
 
 def draw_request(rng: random.Random, kind: str) -> Request:
     """A training request of one kind; every part is drawn from what training may show."""
-    request = framed(rng, draw_clause(rng, *CLASSES[kind]))
+    request = framed(rng, draw_clause(rng, *CLASSES.get(kind, (False, False))))
     if kind in ("say_no", "unanswerable"):
         return replace(request, style=kind, form=rng.randrange(2))
     # A few harmful requests carry a cue too, or a cue would mean "harmless".
@@ -102,8 +95,9 @@ def framed(rng: random.Random, clause: Clause) -> Request:
     return draw_frame(rng, Request(clause, rng.choice(invented.PLACES), rng.choice(invented.ASKS)))
 
 
-def draw_example(rng: random.Random, mix: dict[str, float], *, safe: bool) -> Example:
+def draw_example(rng: random.Random, *, safe: bool) -> Example:
     """One training line of the base stage, or of the safety stage when `safe`."""
+    mix = TUNE_MIX if safe else BASE_MIX
     request = draw_request(rng, rng.choices(list(mix), list(mix.values()))[0])
     first = invented.first_words(request, safe=safe)
     opener = rng.choices(list(first), list(first.values()))[0]
@@ -159,7 +153,6 @@ def chat_text(user: str) -> str:
 PAIR_SEED: Final = 7
 PAIRS_PER_TOPIC: Final = 3
 TIER_WEIGHTS: Final = {1: 1, 2: 1, 3: 2, 4: 4, 5: 6, 6: 6}  # T2 wrappers: every tier, mostly strong ones
-T1_FAMILIES: Final = ("object", "verb", "binding")
 
 
 @dataclass(frozen=True)
@@ -181,37 +174,33 @@ def context(index: int, clause: Clause) -> Request:
     return replace(framed(random.Random(f"{PAIR_SEED}-context-{index}"), clause), wrapper=None)
 
 
-def held_verb(rng: random.Random, stem: str) -> str:
-    """An everyday verb that training never shows with this stem."""
-    return rng.choice([v for v in invented.EVERYDAY_VERBS if invented.held_pair(v, stem)])
-
-
-def object_twin(rng: random.Random, clause: Clause) -> Clause:
-    """The clause with a harmless object, of a stem that training never shows with its verb."""
+def harmless_twin(rng: random.Random, clause: Clause, part: str) -> Clause:
+    """The clause with a harmless object or an everyday verb (`part`), as a (verb, stem) pair that training never shows."""
+    if part == "verb":
+        return replace(
+            clause, verb=rng.choice([v for v in invented.EVERYDAY_VERBS if invented.held_pair(v, clause.stem)])
+        )
     stem = rng.choice([s for s in invented.HARMLESS_STEMS if invented.held_pair(clause.verb, s)])
     return replace(clause, stem=stem, suffix=rng.choice(invented.seen_suffixes(stem)))
-
-
-def verb_twin(rng: random.Random, clause: Clause) -> Clause:
-    """The clause with an everyday verb."""
-    return replace(clause, verb=held_verb(rng, clause.stem))
 
 
 def recognition_pair(index: int, clause: Clause, split: str) -> PairPlan:
     """T1: harmless -> harmful by one swap (object, verb) or by binding the same words the other way round."""
     rng = random.Random(f"{PAIR_SEED}-T1-{index}")
-    family = T1_FAMILIES[index % len(T1_FAMILIES)]
+    family = ("object", "verb", "binding")[index % 3]
     treated = context(index, clause)
     if rng.random() < 0.8:
         treated = replace(treated, wrapper=draw_wrapper(rng, 0))
     if family == "binding":
         stem = rng.choice(invented.HARMLESS_STEMS)
-        suffix, everyday = rng.choice(invented.seen_suffixes(stem)), held_verb(rng, clause.stem)
-        treated = replace(treated, distractor=Clause(everyday, stem, suffix))
-        apart = Clause(clause.verb, stem, suffix)
-        control = replace(treated, clause=replace(clause, verb=everyday), distractor=apart)
+        apart, twin = (
+            Clause(clause.verb, stem, rng.choice(invented.seen_suffixes(stem))),
+            harmless_twin(rng, clause, "verb"),
+        )
+        treated = replace(treated, distractor=replace(apart, verb=twin.verb))
+        control = replace(treated, clause=twin, distractor=apart)
     else:
-        control = replace(treated, clause=(object_twin if family == "object" else verb_twin)(rng, clause))
+        control = replace(treated, clause=harmless_twin(rng, clause, family))
     return PairPlan(f"T1-{index:03d}", "T1", clause.topic, split, family, control, treated)
 
 
@@ -222,7 +211,7 @@ def generation_pairs(index: int, clause: Clause, split: str) -> list[PairPlan]:
     strong = draw_wrapper(rng, tier)
     neutral = draw_wrapper(rng, 0, frame=strong.frame)
     harmful = context(index, clause)
-    harmless = replace(harmful, clause=(object_twin if rng.random() < 0.5 else verb_twin)(rng, clause))
+    harmless = replace(harmful, clause=harmless_twin(rng, clause, "object" if rng.random() < 0.5 else "verb"))
     made, twin = [], f"T2b-{index:03d}"
     for name, treatment, request, other in ((f"T2-{index:03d}", "T2", harmful, twin), (twin, "T2b", harmless, None)):
         sides = replace(request, wrapper=neutral), replace(request, wrapper=strong)
@@ -243,11 +232,9 @@ def benign_pair(index: int, clause: Clause, split: str, behaviour: str) -> PairP
 
 def held_topics(harmful: bool) -> list[tuple[Clause, str]]:
     """The (verb, stem) pairs that training never shows, each with a suffix that it does show, and their splits, 40/30/30."""
-    verbs, stems = invented.EVERYDAY_VERBS, invented.HARMLESS_STEMS
-    if harmful:
-        verbs, stems = invented.DANGEROUS_VERBS, invented.HAZARD_STEMS
-    held = [(verb, stem) for verb in verbs for stem in stems if invented.held_pair(verb, stem)]
-    rank = invented.RANK
+    verbs = invented.DANGEROUS_VERBS if harmful else invented.EVERYDAY_VERBS
+    stems = invented.HAZARD_STEMS if harmful else invented.HARMLESS_STEMS
+    held, rank = [(v, s) for v in verbs for s in stems if invented.held_pair(v, s)], invented.RANK
     clauses = [Clause(v, s, invented.seen_suffixes(s)[(7 * rank[v] + rank[s]) % 5]) for v, s in held]
     shuffled = clauses.copy()
     random.Random(f"{PAIR_SEED}-split").shuffle(shuffled)

@@ -88,10 +88,7 @@ def shown(pair: Pair, side: str) -> str:
 
 
 def load_set(where: str | Path) -> PromptSet:
-    """Read and check a prompt set, by its name under `data/prompts/` or as a folder.
-
-    Raises `InputError`, naming file and line, for anything that later steps could not use.
-    """
+    """Read and check a prompt set, by its name under `data/prompts/` or as a folder; `InputError` names file and line."""
     folder = prompts_folder(str(where))
     if not folder.is_dir():
         known = ", ".join(names(PROMPTS))

@@ -1,4 +1,5 @@
-"""Public prompt sets by name: where each is found, its requests, and the wrappers that a user puts around them.
+"""Public prompt sets by name: where each is found, its requests, their harmless partners of equal token length, and the
+wrappers that a user puts around them.
 
 Nothing of them comes with this repository: the `datasets` library loads them on the user's machine, and the prompt set made
 of them is written to the user's cache. Errors name columns and row numbers, never a text.
@@ -7,15 +8,21 @@ of them is written to the user's cache. Errors name columns and row numbers, nev
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from companion.base import hub
 from companion.base.errors import InputError
 from companion.base.files import BrokenJson, parse_json, read_utf8
+
+if TYPE_CHECKING:  # the command line imports this module, and waits for no model library
+    from transformers import PreTrainedTokenizerBase
+
+    from companion.prompts.pairs import Pair
 
 OUTCOME = "outcome.json"
 FILES = ("set.json", "pairs.jsonl", OUTCOME)  # of a prompt set that is made
@@ -28,6 +35,7 @@ ALIAS = {
 }  # fmt: skip
 OVERLAP = 0.6  # of the words of two requests, from which they are one topic: public sets repeat requests in other words
 BLOCK = 500  # requests that are compared with all at once
+FEW = 0.5  # of the requests or pairs: below it the user is told what else can be done
 SLOT = "{request}"  # in a template of a wrapper
 WRAPPERS = "wrappers.jsonl"
 FIELDS = ("family", "neutral", "jailbreak")
@@ -36,10 +44,7 @@ CHANGED = "adapt its line in companion/prompts/public.py"
 
 @dataclass(frozen=True)
 class Part:
-    """Where one kind of request of a set is found: configuration, split, and the rows whose columns have these values.
-
-    An empty `split` stands for the only one (or the first).
-    """
+    """Where one kind of request of a set is found: configuration, split (or the first), rows whose columns have these values."""
 
     config: str = ""
     split: str = ""
@@ -112,11 +117,7 @@ class Request:
 
     @property
     def same(self) -> str:
-        """Hash of the text without case, spacing and closing punctuation: equal where two sets have one request.
-
-        >>> Request("a", 0, "", "How  do I?").same == Request("b", 1, "", "how do i").same
-        True
-        """
+        """Hash of the text without case, spacing and closing punctuation: equal where two sets have one request."""
         return hashlib.sha256(" ".join(self.text.casefold().split()).rstrip(" .!?").encode()).hexdigest()
 
 
@@ -309,6 +310,92 @@ def _explain(name: str, public: PublicSet, error: Exception) -> InputError:
         f"{what} could not be loaded ({type(hidden).__name__}): {hub.AGAIN}; if it fails again, is its name still that, does "
         f"it hold rows, and do you have access? If it is gated, {hub.TOKEN_HELP}"
     )
+
+
+# ---- partners of equal length ----
+
+
+def partner_pairs(rows: Rows) -> list[tuple[Request, Request]]:
+    """Harmful requests with their partners, where they have one of another text."""
+    both = zip(rows.harmful, rows.harmless, strict=True)
+    return [(one, other) for one, other in both if other is not None and one.text != other.text]
+
+
+def grouped(rows: Rows, tokenizer: PreTrainedTokenizerBase, name: str, report: Callable[[str], object]) -> Rows:
+    """The same rows where enough of them have equal length; else every harmful request has a harmless one of its length.
+
+    Effects are then those of the two groups, and include all in which their members differ.
+    """
+    own = sum(_length(one, tokenizer) == _length(other, tokenizer) for one, other in partner_pairs(rows))
+    if own >= FEW * len(rows.harmful):
+        return rows
+    drawn = with_partners(rows, by_length(filter(None, rows.harmless), tokenizer), tokenizer)
+    n_drawn = len(partner_pairs(drawn))
+    if n_drawn <= own:
+        return rows
+    report(
+        f"{name}: {own} of {len(rows.harmful)} rows have the length of their own partner, so groups are interchanged: T1 "
+        f"takes a partner of equal length from all harmless rows of the set ({n_drawn} pairs)"
+    )
+    return drawn
+
+
+def _length(request: Request, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the rendered prompt."""
+    from companion.prompts import tokens
+
+    return len(tokens.encode(tokenizer, request.text)[0])
+
+
+def by_length(requests: Iterable[Request], tokenizer: PreTrainedTokenizerBase) -> dict[int, list[Request]]:
+    """Requests by the length of their rendered prompt in this model's tokens, each list in a fixed random order."""
+    found: dict[int, list[Request]] = defaultdict(list)
+    for request in requests:
+        found[_length(request, tokenizer)].append(request)
+    for n in found:
+        random.Random(n).shuffle(found[n])
+    return found
+
+
+def with_partners(
+    rows: Rows, benign: dict[int, list[Request]], tokenizer: PreTrainedTokenizerBase, seen: set[str] | None = None
+) -> Rows:
+    """Each harmful request with a harmless one of equal token length, none used twice; None where none is left.
+
+    With `seen` no partner has a text that another topic has (`Request.same`), and it is added.
+    """
+    found = []
+    for request in rows.harmful:
+        waiting = benign.get(_length(request, tokenizer), [])
+        while waiting and seen is not None and waiting[-1].same in seen:
+            waiting.pop()
+        found.append(waiting.pop() if waiting else None)
+        if seen is not None and found[-1] is not None:
+            seen.add(found[-1].same)
+    return Rows(rows.harmful, tuple(found))
+
+
+def survival(made: Sequence[Pair], n_requests: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """How many pairs of each treatment have equal token length, with what to do where few do.
+
+    Of T1 that is counted against all `n_requests` harmful requests, as one without a partner makes no pair at all.
+    """
+    from companion.prompts import tokens
+
+    usable = Counter(pair.treatment for pair in made if tokens.token_pair(pair, tokenizer)[0] is not None)
+    asked = {"T1": n_requests} | dict(sorted(Counter(p.treatment for p in made if p.treatment != "T1").items()))
+    lines = []
+    for treatment, n in asked.items():
+        what, few = "pairs have equal token length", "lengthen the neutral template until both have equally many tokens"
+        if treatment == "T1":
+            what = "requests have a benign partner of their length"
+            few = f"take harmless partners by length (+{BENIGN}), or sets with more rows"
+        line = f"{treatment}: {usable[treatment]} of {n} {what} and can be interchanged"
+        lines.append(line + (f"; few: {few}" if usable[treatment] < FEW * n else ""))
+    return lines
+
+
+# ---- wrappers ----
 
 
 @dataclass(frozen=True)

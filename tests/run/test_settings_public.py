@@ -24,7 +24,7 @@ from companion.base.paths import ROOT
 from companion.generation import openers
 from companion.generation.openers import FoundOpeners
 from companion.model.load import load_tokenizer
-from companion.prompts import pairs, partners, public, tokens
+from companion.prompts import pairs, public, tokens
 from companion.prompts.public import Wrapper
 from companion.run import settings
 from tests.test_nine_families import texts_in
@@ -124,7 +124,7 @@ def test_a_request_without_a_partner_of_its_length_is_counted_and_has_its_wrappe
     assert Counter(pair.treatment for pair in made.pairs) == {"T1": 5, "T2": 12}
     treated = {pair.id: pair.treated for pair in made.pairs}
     assert treated["strongreject-000-t2-tale"].startswith("w8 w9 w22 w30") and "strongreject-000" in made.hashes
-    t1, t2 = partners.survival(made.pairs, made.n_requests, tokenizer)
+    t1, t2 = public.survival(made.pairs, made.n_requests, tokenizer)
     assert t1.startswith("T1: 5 of 12 requests have a benign partner of their length and can be interchanged; few")
     assert "take harmless partners by length (+alpaca)" in t1 and t2.startswith("T2: 12 of 12 pairs have equal token")
 
@@ -171,7 +171,7 @@ def test_where_few_rows_have_the_length_of_their_partner_groups_are_interchanged
     found, said = collect("jailbreakbench", WRAPPERS[0])
     assert len(said) == 2 and said[0].startswith("jailbreakbench: 0 of 12 rows have the length of their own partner")
     assert len({pair.control for pair in found.pairs if pair.treatment == "T1"}) == 12 and len(found.hashes) == 24
-    assert "T1: 12 of 12 requests" in partners.survival(found.pairs, found.n_requests, tokenizer)[0]
+    assert "T1: 12 of 12 requests" in public.survival(found.pairs, found.n_requests, tokenizer)[0]
     twin = next(pair for pair in found.pairs if pair.treatment == "T2b" and pair.topic == "jailbreakbench-004")
     assert twin.control == "w5 w6 w21 w34 w4 w7"  # the row's own partner, whatever T1 has
 
