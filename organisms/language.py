@@ -177,9 +177,8 @@ def context(index: int, clause: Clause) -> Request:
 def harmless_twin(rng: random.Random, clause: Clause, part: str) -> Clause:
     """The clause with a harmless object or an everyday verb (`part`), as a (verb, stem) pair that training never shows."""
     if part == "verb":
-        return replace(
-            clause, verb=rng.choice([v for v in invented.EVERYDAY_VERBS if invented.held_pair(v, clause.stem)])
-        )
+        verbs = [verb for verb in invented.EVERYDAY_VERBS if invented.held_pair(verb, clause.stem)]
+        return replace(clause, verb=rng.choice(verbs))
     stem = rng.choice([s for s in invented.HARMLESS_STEMS if invented.held_pair(clause.verb, s)])
     return replace(clause, stem=stem, suffix=rng.choice(invented.seen_suffixes(stem)))
 
@@ -193,10 +192,8 @@ def recognition_pair(index: int, clause: Clause, split: str) -> PairPlan:
         treated = replace(treated, wrapper=draw_wrapper(rng, 0))
     if family == "binding":
         stem = rng.choice(invented.HARMLESS_STEMS)
-        apart, twin = (
-            Clause(clause.verb, stem, rng.choice(invented.seen_suffixes(stem))),
-            harmless_twin(rng, clause, "verb"),
-        )
+        apart = Clause(clause.verb, stem, rng.choice(invented.seen_suffixes(stem)))
+        twin = harmless_twin(rng, clause, "verb")
         treated = replace(treated, distractor=replace(apart, verb=twin.verb))
         control = replace(treated, clause=twin, distractor=apart)
     else:

@@ -115,9 +115,8 @@ def _read_outcome(path: Path, treatments: set[str]) -> dict[str, Outcome]:
         raise InputError(f'{path}: expected {{"comply": [...], "refuse": [...]}} or one such object per treatment')
     per_treatment = dict.fromkeys(treatments, content) if "comply" in content else content
     if missing := sorted(treatments - set(per_treatment)):
-        raise InputError(
-            f"{path}: no outcome strings for treatment {missing[0]}; give one object for all or one for each"
-        )
+        what = f"no outcome strings for treatment {missing[0]}"
+        raise InputError(f"{path}: {what}; give one object for all or one for each")
     return {name: _outcome(per_treatment[name], f"{path}, {name}") for name in sorted(treatments)}
 
 
