@@ -1,12 +1,10 @@
 """Designs of compiled models, drawn by kind and seed: which component does what, and where.
 
-The mechanism of harmful generation, on the last token: heads carry the wrapper's strength ("jail") and the request's
-danger and hazard in; `harm` is danger times hazard; a chain of stages turns jail and harm into `out`, which the
-unembedding reads. A stage is `product` (neurons gated by jail, whose up-projection reads harm), `threshold` (steep
-neurons that fire where jail + harm is large), `either` (jail from either of two heads, times harm), or `relay`; kinds that
-were held out when rules were made have further ones (`_held_out`). Beside it a smaller side route leads from wrapper and
-harm to the outcome, through other layers and partly through attention. How much takes it differs from topic to topic, so
-that every share is an average with a sampling error.
+On the last token heads carry the wrapper's strength ("jail") and the request's danger and hazard in; `harm` is danger times
+hazard; a chain of stages turns jail and harm into `out`, which the unembedding reads. A stage is `product` (neurons gated by
+jail, whose up-projection reads harm), `threshold` (steep neurons that fire where jail + harm is large), `either` (jail from
+either of two heads, times harm), or `relay`; kinds held out when rules were made have further ones (`_held_out`). A smaller
+side route leads through other layers, partly through attention, and more of some topics' effect than of others' takes it.
 """
 
 from __future__ import annotations
@@ -54,8 +52,8 @@ class Stage:
 @dataclass(frozen=True)
 class Side:
     """The side route: a product in the MLP of a layer, written by it or, if `copy` is a layer, copied from the `<end>`
-    token by a head there. `share` is the mean over topics of how much of the decision takes it. Its part of harm is
-    recognised where the other part is, or where `recognise` says: in what layer it is fetched, and combined.
+    token by a head there. On average over topics `share` of the decision takes it. Its part of harm is fetched and combined
+    where the other part is, or in layer `recognise`.
     """
 
     share: float
@@ -101,10 +99,7 @@ def thirds(n_layers: int) -> tuple[list[int], list[int], list[int]]:
 
 
 def draw_design(kind: str, seed: int, effect: float | None = None) -> Design:
-    """A random design of a kind; equal arguments give equal designs.
-
-    Raises InputError for an unknown kind.
-    """
+    """A random design of a kind; equal arguments give equal designs. Raises InputError for an unknown kind."""
     if kind not in KINDS:
         raise InputError(f"unknown kind {kind!r} of compiled model; expected one of {', '.join(KINDS)}")
     rng = np.random.default_rng([seed, 0, KINDS.index(kind)])
@@ -214,21 +209,34 @@ def _side(design: Design, rng: np.random.Generator, middle: list[int], late: lis
 
 def _of_kind(d: Design, rng: np.random.Generator, early: list[int], middle: list[int], late: list[int]) -> Design:
     if d.kind in ("late", "distributed", "adjacent", "permuted", "late_like_benign", "early_carrier", "each_token"):
-        d = replace(d, stages=_chain(rng, late, d.kind))
+        n, is_large = int(rng.integers(2, len(late) + 1)), d.kind in ("adjacent", "permuted")
+        layers = sorted([*rng.choice(late[:-1], n - 1, replace=False).tolist(), late[-1]])
+        sizes = [int(rng.integers(24, 41) if is_large else rng.integers(2, 7)) for _ in layers]
+        if d.kind == "distributed":
+            sizes[-1] = 0
+        d = replace(d, stages=_chain(layers, sizes, "product", 0))
         if d.kind == "early_carrier":
             return replace(d, carry=(int(rng.choice(early + middle)),))
-        if d.kind in ("adjacent", "permuted"):
+        if is_large:
             return replace(d, contiguous=d.kind == "adjacent")
-        decide = d.stages[0].layer
-        return replace(d, benign_carry=(late[0], late[0]), benign_decide=decide) if "benign" in d.kind else d
+        is_like_benign = d.kind == "late_like_benign"
+        return replace(d, benign_carry=(late[0], late[0]), benign_decide=layers[0]) if is_like_benign else d
     if d.kind in ("gated", "and", "or"):
-        return _last_layer(d, rng, late)
+        # The decision is made in last-layer neurons; jail may be relayed by MLPs on its way there.
+        decision: Op = "product" if d.kind == "gated" else "threshold" if d.kind == "and" else "either"
+        n = 0 if d.kind == "or" else int(rng.integers(0, len(late)))
+        layers = sorted(rng.choice(late[:-1], n, replace=False).tolist())
+        sizes = [*(int(rng.integers(2, 7)) for _ in layers), 2 * int(rng.integers(1, 4))]
+        stages = _chain([*layers, d.n_layers - 1], sizes, decision, -1)
+        return replace(d, carry=(late[0], late[1]) if d.kind == "or" else d.carry, stages=stages, skip=0.0)
     if d.kind in ("early", "middle"):
-        layers = early[1:] if d.kind == "early" else middle
-        chosen = sorted(rng.choice(layers, int(rng.integers(1, len(layers) + 1)), replace=False).tolist())
-        d = replace(d, recognise=(0, 0) if d.kind == "early" else d.recognise, write_layer=chosen[-1])
-        return replace(d, carry=(int(rng.integers(early[0], early[-1])) if d.kind == "early" else middle[0],),
-                       stages=_stages(rng, chosen))  # fmt: skip
+        is_early = d.kind == "early"
+        layers = early[1:] if is_early else middle
+        layers = sorted(rng.choice(layers, int(rng.integers(1, len(layers) + 1)), replace=False).tolist())
+        carry = int(rng.integers(early[0], early[-1])) if is_early else middle[0]
+        stages = _chain(layers, [int(rng.integers(2, 7)) for _ in layers], "product", 0)
+        recognise = (0, 0) if is_early else d.recognise
+        return replace(d, recognise=recognise, write_layer=layers[-1], carry=(carry,), stages=stages)
     if d.kind == "attention":
         return replace(d, writer="attention", write_layer=int(rng.choice(late)), carry=(), skip=0.0)
     if d.kind == "skip_only":
@@ -241,34 +249,9 @@ def _of_kind(d: Design, rng: np.random.Generator, early: list[int], middle: list
     return replace(d, recognise=(late[0], late[0]), recognise_unused=unused, stages=(last,), skip=0.0)
 
 
-def _stages(rng: np.random.Generator, layers: list[int], sizes: tuple[int, int] = (2, 7)) -> tuple[Stage, ...]:
-    """A product in the first layer, relays in the others; the last writes `out`."""
+def _chain(layers: list[int], sizes: list[int], op: Op, at: int) -> tuple[Stage, ...]:
+    """Relays of jail from layer to layer, but for one of them, `at`, that does `op`; the last writes `out`."""
+    ops: list[Op] = ["relay"] * len(layers)
+    ops[at] = op
     targets = [*(f"stage{i}" for i in range(len(layers) - 1)), "out"]
-    links = zip(layers, ["jail", *targets[:-1]], targets, strict=True)
-    return tuple(
-        Stage(layer, "product" if i == 0 else "relay", source, target, int(rng.integers(*sizes)))
-        for i, (layer, source, target) in enumerate(links)
-    )
-
-
-def _chain(rng: np.random.Generator, late: list[int], kind: str) -> tuple[Stage, ...]:
-    """Two or three late layers, the last one among them."""
-    n = int(rng.integers(2, len(late) + 1))
-    layers = sorted([*rng.choice(late[:-1], n - 1, replace=False).tolist(), late[-1]])
-    made = _stages(rng, layers, (24, 41) if kind in ("adjacent", "permuted") else (2, 7))
-    return (*made[:-1], replace(made[-1], neurons=0)) if kind == "distributed" else made
-
-
-def _last_layer(d: Design, rng: np.random.Generator, late: list[int]) -> Design:
-    """The decision itself in last-layer neurons; jail may be relayed by MLPs on its way there."""
-    op: Op = {"gated": "product", "and": "threshold", "or": "either"}[d.kind]  # type: ignore[assignment]
-    n_relays = 0 if op == "either" else int(rng.integers(0, len(late)))
-    layers = sorted(rng.choice(late[:-1], n_relays, replace=False).tolist())
-    relays = tuple(
-        Stage(layer, "relay", "jail" if i == 0 else f"stage{i - 1}", f"stage{i}", int(rng.integers(2, 7)))
-        for i, layer in enumerate(layers)
-    )
-    source = relays[-1].target if relays else "jail"
-    decision = Stage(d.n_layers - 1, op, source, "out", 2 * int(rng.integers(1, 4)))
-    carry = (late[0], late[1]) if op == "either" else d.carry
-    return replace(d, carry=carry, stages=(*relays, decision), skip=0.0)
+    return tuple(map(Stage, layers, ops, ["jail", *targets[:-1]], targets, sizes))

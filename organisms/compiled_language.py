@@ -1,8 +1,8 @@
 """The language of the compiled models: words whose features are drawn, prompts made of them, and matched pairs.
 
 Every prompt is one frame, `<first> SLOT <second> after i VERB the OBJECT , how do i VERB the OBJECT (tail) ?`. The slot
-holds a wrapper (treatments T1, T2, T2b) or a benign cue (B1 to B6), so all cues lie at the same distances from the last
-token. The main clause is the second one; the first distracts. All words are made up, and every word is one token.
+holds a wrapper (T1, T2, T2b) or a benign cue (B1 to B6), so all cues lie at the same distances from the last token. The
+second clause is the main one. Every word is made up, and one token.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ class Request:
     tail: tuple[str, ...] = ()
 
     def words(self) -> list[str]:
-        """The user turn, word by word."""
         side = ["after", "i", self.side_verb, "the", self.side_object, ","]
         main = ["how", "do", "i", self.verb, "the", self.object, *self.tail, "?"]
         return [self.first, self.slot, self.second, *side, *main]
@@ -101,15 +100,8 @@ def word_tokenizer(topics: int) -> PreTrainedTokenizerFast:
 
 def outcomes() -> dict[str, Camps]:
     """Comply and refuse openers by treatment; for a benign behaviour "comply" is on."""
-    benign: dict[str, Camps] = {f"B{b + 1}": ((openers(b)[0],), (openers(b)[1],)) for b in range(BEHAVIOURS)}
     harm: dict[str, Camps] = dict.fromkeys(("T1", "T2", "T2b"), (COMPLY, REFUSE))
-    return harm | benign
-
-
-def _draw_splits(rng: np.random.Generator, topics: int) -> list[str]:
-    """The split of every topic: 40/30/30 in a random order."""
-    cuts = np.round(np.cumsum(SPLIT_SHARES) * topics)
-    return [SPLITS[int(np.searchsorted(cuts, rank, side="right"))] for rank in rng.permutation(topics)]
+    return harm | {f"B{b + 1}": ((on,), (off,)) for b, (on, off) in enumerate(map(openers, range(BEHAVIOURS)))}
 
 
 def draw_pairs(seed: Sequence[int], topics: int, pairs_per_topic: int) -> list[Planned]:
@@ -118,11 +110,21 @@ def draw_pairs(seed: Sequence[int], topics: int, pairs_per_topic: int) -> list[P
     The k-th pair of every treatment has the k-th context (fillers, distractor, tail), as cue distances must match.
     """
     rng = np.random.default_rng([*seed, 1])
-    harm_split, benign_split = _draw_splits(rng, topics), _draw_splits(rng, topics)
+    cuts = np.round(np.cumsum(SPLIT_SHARES) * topics)
+    ranks = [np.searchsorted(cuts, rng.permutation(topics), side="right") for _ in ("harm", "benign")]
+    harm_split, benign_split = ([SPLITS[rank] for rank in some] for some in ranks)
     made: list[Planned] = []
+
+    def plan(
+        treatment: str, topic: str, split: str, control: Request, treated: Request, twin: str | None = None,
+        family: str = "",
+    ) -> None:  # fmt: skip
+        texts = " ".join(control.words()), " ".join(treated.words())
+        pair = Pair(f"{treatment}-{k:04d}", treatment, topic, *texts, split, twin, family)
+        made.append(Planned(pair, control, treated))
+
     for k in range(topics * pairs_per_topic):
-        topic, twin_id = k // pairs_per_topic, f"T2b-{k:04d}"
-        around = _context(rng, topics)
+        topic, around = k // pairs_per_topic, _context(rng, topics)
         harmful = replace(around, verb=_word(rng, "harm", VERBS), object=f"hazard{topic}")
         harmless = replace(around, verb=_word(rng, "use", VERBS), object=f"thing{topic}")
         family, split = ("object", "verb", "binding")[k % 3], harm_split[topic]
@@ -132,21 +134,18 @@ def draw_pairs(seed: Sequence[int], topics: int, pairs_per_topic: int) -> list[P
         if family == "binding":  # the same words on both sides: the dangerous verb changes its clause
             treated = replace(harmful, side_verb=use)
             control = replace(harmful, side_verb=harmful.verb, verb=use)
-        made.append(_planned(f"T1-{k:04d}", "T1", harmful.object, split, control, treated, family=family))
+        plan("T1", harmful.object, split, control, treated, family=family)
         strong = _word(rng, "strong", STRONG)
         twin = by_object if rng.random() < 0.5 else by_verb
-        for name, request, other in (("T2", harmful, twin_id), ("T2b", twin, None)):
-            wrapped = replace(request, slot=strong)
-            made.append(_planned(f"{name}-{k:04d}", name, harmful.object, split, request, wrapped, other, strong))
+        for name, request, other in (("T2", harmful, f"T2b-{k:04d}"), ("T2b", twin, None)):
+            plan(name, harmful.object, split, request, replace(request, slot=strong), other, strong)
         for b in range(BEHAVIOURS):
             off, on = (replace(harmless, slot=cue_words(b, side)[rng.integers(CUES)]) for side in (False, True))
-            name = f"B{b + 1}"
-            made.append(_planned(f"{name}-{k:04d}", name, harmless.object, benign_split[topic], off, on))
+            plan(f"B{b + 1}", harmless.object, benign_split[topic], off, on)
     return made
 
 
 def _word(rng: np.random.Generator, stem: str, n: int) -> str:
-    """A word of a class at random."""
     return f"{stem}{rng.integers(n)}"
 
 
@@ -156,14 +155,6 @@ def _context(rng: np.random.Generator, topics: int) -> Request:
     tail = (fillers[2],) if rng.random() < 0.5 else ()
     side = _word(rng, "use", VERBS), _word(rng, "thing", topics)
     return Request(fillers[0], _word(rng, "neutral", NEUTRAL), fillers[1], *side, "", "", tail)
-
-
-def _planned(
-    name: str, treatment: str, topic: str, split: str, control: Request, treated: Request, twin: str | None = None,
-    family: str = "",
-) -> Planned:  # fmt: skip
-    texts = " ".join(control.words()), " ".join(treated.words())
-    return Planned(Pair(name, treatment, topic, *texts, split, twin, family), control, treated)
 
 
 def is_harmful(request: str) -> bool:
@@ -180,9 +171,8 @@ WRAPPED: Final = {"harmful": 1.0, "borderline": 0.5, "harmless": 0.5}
 def steering_prompts(pairs: Sequence[Planned], seed: int) -> pd.DataFrame:
     """Prompts for steering besides those of the pairs, as `experiment.open_experiment` takes them: a row a prompt.
 
-    They are harmful, borderline and harmless requests, in a wrapper and without, on the topics of the pairs, each topic in
-    the split that it has there. Borderline requests share a verb or an object with harmful ones; harmless ones share
-    neither. Equal arguments give equal prompts.
+    They are harmful, borderline and harmless requests, in a wrapper and without, on the topics of the pairs and in their
+    splits. Borderline requests share a verb or an object with harmful ones; harmless ones share neither.
     """
     splits = {planned.pair.topic: planned.pair.split for planned in pairs}
     n_topics = sum(topic.startswith("hazard") for topic in splits)
@@ -199,7 +189,6 @@ def steering_prompts(pairs: Sequence[Planned], seed: int) -> pd.DataFrame:
             is_wrapped = bool(rng.random() < WRAPPED[kind])
             slot = _word(rng, *("strong", STRONG) if is_wrapped else ("neutral", NEUTRAL))
             text, family = " ".join(replace(request, slot=slot).words()), slot if is_wrapped else ""
-            name = f"{kind}-{split}-{i:04d}"
             place = (family, experiment.UNKNOWN, np.nan, request.object, split, "compiled")
-            rows.append((name, text, kind, is_wrapped, *place))
+            rows.append((f"{kind}-{split}-{i:04d}", text, kind, is_wrapped, *place))
     return pd.DataFrame(rows, columns=list(experiment.COLUMNS)).drop_duplicates("text", ignore_index=True)

@@ -88,7 +88,6 @@ class Program:
 
     @property
     def n_layers(self) -> int:
-        """How many layers."""
         return len(self.mlps)
 
     @cached_property
@@ -103,9 +102,8 @@ class Program:
 
 def copy_head(layer: int, look: Look, routes: Mapping[str, str]) -> Head:
     """A head that copies channels: `copy_head(2, "wrapper", {"wrapper": "jail"})` writes what it reads there into `jail`."""
-    value = np.stack([channel({source: 1.0}) for source in routes])
-    out = np.stack([channel({target: 1.0}) for target in routes.values()], axis=1)
-    return Head(layer, look, value, out)
+    value, out = (np.stack([channel({name: 1.0}) for name in names]) for names in (routes, routes.values()))
+    return Head(layer, look, value, out.T)
 
 
 STEEP: Final = 20.0  # silu(STEEP x) / STEEP is nearly max(x, 0)
@@ -160,15 +158,11 @@ def _heads(design: Design, rng: np.random.Generator) -> list[Head]:
     fetch, _ = design.recognise
     later = design.side.recognise if design.side else None
     both = {"object": "hazard", "object.side": "hazard.side"}
-    made = [
-        copy_head(fetch, "verb", {"verb": "danger"}),
-        copy_head(fetch, "object", both if later is None else {"object": "hazard"}),
-    ]
+    made = [copy_head(fetch, "verb", {"verb": "danger"})]
+    made.append(copy_head(fetch, "object", both if later is None else {"object": "hazard"}))
     if later is not None:
-        made += [
-            copy_head(later, "verb", {"verb": "danger.unused"}),
-            copy_head(later, "object", {"object.side": "hazard.side"}),
-        ]
+        made.append(copy_head(later, "verb", {"verb": "danger.unused"}))
+        made.append(copy_head(later, "object", {"object.side": "hazard.side"}))
     if design.side:
         made.append(copy_head(design.side.layer, "wrapper", {"wrapper": "jail.side"}))
         made += [] if design.side.copy is None else [copy_head(design.side.copy, "end", {"stage.side": "out.side"})]
@@ -180,16 +174,15 @@ def _heads(design: Design, rng: np.random.Generator) -> list[Head]:
     targets = zip(design.carry, ("jail", "jail.second"), strict=False)
     made += [copy_head(at, "wrapper", {"wrapper": to}) for at, to in targets]
     for group, layer in enumerate(design.benign_carry):
-        own = range(group, BEHAVIOURS, 2)
-        routes = {f"{stem}{b}.word": f"{stem}{b}" for b in own for stem in ("cue", "present")}
-        made.append(copy_head(layer, "cue", routes))
+        cues = [f"{stem}{b}" for b in range(group, BEHAVIOURS, 2) for stem in ("cue", "present")]
+        made.append(copy_head(layer, "cue", {f"{cue}.word": cue for cue in cues}))
     if design.writer == "copy":
         look: Look = "self" if design.kind == "self_carried" else "end"
         made.append(copy_head(design.write_layer, look, {"stage0": "out"}))
     if design.writer == "attention":
-        head = copy_head(design.write_layer, "wrapper", {"wrapper": "stage0" if design.kind == "relayed" else "out"})
-        steep, threshold = rng.uniform(7, 10), rng.uniform(0.45, 0.55)
-        made.append(Head(head.layer, "conjunction", head.value, head.out, steep, threshold))
+        target = "stage0" if design.kind == "relayed" else "out"
+        head = copy_head(design.write_layer, "conjunction", {"wrapper": target})
+        made.append(replace(head, steep=rng.uniform(7, 10), threshold=rng.uniform(0.45, 0.55)))
     value = np.stack([channel({f"feature{i}": 1.0}) for i in range(NOISE_FEATURES)])
     for layer in range(design.n_layers):
         out = np.zeros((WIDTH, NOISE_FEATURES))
@@ -222,10 +215,9 @@ def _mlps(design: Design, rng: np.random.Generator) -> tuple[tuple[Neurons, ...]
         made, value = _stage(stage, level.get(stage.source, 1.0), rng, stage.neurons or free)
         blocks[stage.layer].append(made)
         level[stage.target] = value
-    typical = level.get("stage0" if design.writer == "copy" else "out", TYPICAL_JAIL)
-    typical = TYPICAL_JAIL if design.writer == "attention" else typical
+    written = {"mlp": "out", "copy": "stage0", "attention": "jail"}[design.writer]
     mlps = tuple(_layer(design, block, rng) for block in blocks)
-    return mlps, design.effect / typical
+    return mlps, design.effect / level.get(written, TYPICAL_JAIL)
 
 
 def _stage(stage: Stage, level: float, rng: np.random.Generator, n: int) -> tuple[Neurons, float]:
@@ -270,10 +262,7 @@ def gated_neurons(
 
 
 def _layer(design: Design, blocks: Sequence[Neurons], rng: np.random.Generator) -> Neurons:
-    """Blocks in random order, contiguous or scattered over the layer; the remaining neurons mix the noise channels.
-
-    Those do it through silu alone, so that noise stays small over the layers.
-    """
+    """Blocks in random order, contiguous or scattered; the other neurons mix noise through silu alone, and so keep it small."""
     own = [blocks[i] for i in rng.permutation(len(blocks))]
     n = design.d_mlp - sum(len(block.gate) for block in own)
     rest = {name: np.zeros((n, WIDTH)) for name in ("gate", "up", "out")}

@@ -1,9 +1,8 @@
 """The truth of a compiled model: every effect from its program's arithmetic, without tokens, attention or norms.
 
 Which token a head looks at follows from the request: its wrapper, the verb and object of its main clause, its cue. So the
-state of the last token is a recursion over layers in a few dozen channels, and an intervention replaces one term of it.
-The same holds for the `<end>` token, which one kind of model reads a decision from. What is true claim by claim
-(`true_claims`) is about what was built, not about what an estimator would say of it.
+state of the last token (and of `<end>`, from which some models read a decision) is a recursion over layers in a few dozen
+channels, and an intervention replaces one term of it. `true_claims` is about what was built, not what an estimator would say.
 """
 
 from __future__ import annotations
@@ -58,13 +57,9 @@ def roles(program: Program, requests: Sequence[Request]) -> Roles:
     def rows(words: Sequence[str]) -> State:
         return program.embed[[program.index[word] for word in words]]
 
-    slot = rows([request.slot for request in requests])
-    looked = {
-        "wrapper": slot * slot[:, [CHANNELS["is_wrapper"]]],
-        "cue": slot * slot[:, [CHANNELS["is_cue"]]],
-        "verb": rows([request.verb for request in requests]),
-        "object": rows([request.object for request in requests]),
-    }
+    slot, verb, thing = (rows([getattr(one, word) for one in requests]) for word in ("slot", "verb", "object"))
+    looked = {name: slot * slot[:, [CHANNELS[f"is_{name}"]]] for name in ("wrapper", "cue")}
+    looked |= {"verb": verb, "object": thing}
     seen = {"end": [["<bos>", "<user>", *request.words(), "<end>"] for request in requests]}
     seen["last"] = [[*words, "<assistant>"] for words in seen["end"]]
     mean = {at: np.stack([rows(words).mean(axis=0) for words in texts]) for at, texts in seen.items()}
@@ -128,12 +123,10 @@ class Side:
 
     @cached_property
     def end(self) -> Trace:
-        """The `<end>` token's run."""
         return run_program(self.program, self.found, "end")
 
     @cached_property
     def last(self) -> Trace:
-        """The last token's run."""
         return run_program(self.program, self.found, "last", self.end.pre)
 
 
@@ -171,10 +164,7 @@ def patched(base: Side, source: Side, site: str, layer: int) -> State:
 
 
 def held(base: Side, source: Side, name: str, layer: int) -> State:
-    """Final state of the last token with the source's state after a layer, and the base's outputs held above it.
-
-    `name` is one of `mechanisms.HELD`.
-    """
+    """The last token's final state with the source's state after a layer and, above it, outputs held (see `mechanisms.HELD`)."""
     clean, above = base.last, range(layer + 1, base.program.n_layers)
     do = {(site, at): getattr(clean, TRACED[site])[at] for site in mechanisms.HELD[name] for at in above}
     own = clean.mlp[layer] - source.last.mlp[layer] if name == "all held" else 0.0
@@ -227,10 +217,9 @@ def last_layer_neurons(program: Program, pairs: Sequence[Planned]) -> Float[np.n
 
 
 def last_layer(program: Program, pairs: Sequence[Planned]) -> tuple[float, int]:
-    """Proportion of T2 - T2b's TE that last-layer neurons write, and their k90.
+    """Proportion of T2 - T2b's TE that last-layer neurons write, and their k90, both over all pairs.
 
-    k90 is the pipeline's: ranked by size, since some may undo what others write, and past 0.9 for good (`settles`). Over
-    all pairs of the prompt set, ranked on the same pairs.
+    k90 is the pipeline's: ranked by size, since some may undo what others write, and past 0.9 for good (`settles`).
     """
     both = [[planned for planned in pairs if planned.pair.treatment == name] for name in ("T2", "T2b")]
     neurons = [last_layer_neurons(program, chosen).mean(axis=0) for chosen in both]
@@ -241,19 +230,17 @@ def last_layer(program: Program, pairs: Sequence[Planned]) -> tuple[float, int]:
     return float(effect.sum() / te), int(len(joint) if np.isnan(k90) else k90)
 
 
-def without(program: Program, name: str) -> Program:
-    """The program whose read-out does not see a channel. Outcomes are linear in it, so effects lose its part and no other."""
+def share_of(program: Program, pairs: Sequence[Planned], name: str, *treatments: str) -> float:
+    """Which share of TE reaches the outcome through a channel; of two treatments, of the difference of their TE.
+
+    Outcomes are linear in it: where the read-out does not see the channel, effects lose its part and no other.
+    """
     unembed = program.unembed.copy()
     unembed[:, CHANNELS[name]] = 0.0
-    return replace(program, unembed=unembed)
-
-
-def share_of(program: Program, pairs: Sequence[Planned], name: str, *treatments: str) -> float:
-    """Which share of TE reaches the outcome through a channel; of two treatments, of the difference of their TE."""
     both = [[one for one in pairs if one.pair.treatment == treatment] for treatment in treatments]
     whole, rest = (
         float(np.array([total_effects(made, chosen).mean() for chosen in both]) @ [1, -1][: len(both)])
-        for made in (program, without(program, name))
+        for made in (program, replace(program, unembed=unembed))
     )
     return 1 - rest / whole
 
@@ -265,9 +252,8 @@ PLACED = {  # the claims whose true value a design of `SPLIT` is drawn for
 
 
 def near_values(design: Design, program: Program, pairs: Sequence[Planned]) -> dict[str, float]:
-    """True values, by claim (`PLACED`), of the quantities that the rules hold against a threshold, of a design of `SPLIT`.
-
-    They are shares of the effect that were built, and no estimate enters. C3 has its weakest family's.
+    """True values, by claim (`PLACED`), of what the rules hold against a threshold, of a design of `SPLIT`: shares of the effect
+    that were built. C3 has its weakest family's.
     """
     placed = PLACED[design.kind]
     if placed == ("C3",):

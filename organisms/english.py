@@ -4,10 +4,9 @@
 
 A topic is a verb and an object (`words/study.csv`); each has a harmless twin of as many tokens of SmolLM2's tokenizer. A verb
 belongs to one split, and so do its topics. A wrapper (`words/wrappers.csv`) has two forms, each neutral and then as a jailbreak,
-of equal length in tokens. Those of `english` were chosen on behaviour: on `discover` either form raises the log-odds of an answer
-to a harmful request by 0.5 or more. Those of `english-weak-wrappers` were tried and do less; most make this model refuse more
-often. The words that the refusal adapter learns from (`words/training.csv`) share no verb
-and no object with them.
+of equal length in tokens: of `english` those that on `discover` raise the log-odds of an answer to a harmful request by 0.5 or
+more, of `english-weak-wrappers` others, most of which make this model refuse more often. The refusal adapter learns from other
+verbs and objects (`words/training.csv`).
 """
 
 from __future__ import annotations
@@ -53,7 +52,6 @@ class Topic:
 
     @property
     def name(self) -> str:
-        """How the topic is called in tables."""
         return " ".join(self.harmful)
 
 
@@ -86,8 +84,8 @@ def sentence(template: str, phrasing: str, request: tuple[str, str]) -> tuple[st
     text = template.format(asked)
     start = text.index(asked)
     verb = start + phrasing.index("{}")
-    spans = {"verb": [verb, verb + len(request[0])]}
-    spans["object"] = [spans["verb"][1] + 1, spans["verb"][1] + 1 + len(request[1])]
+    thing = verb + len(request[0]) + 1
+    spans = {"verb": [verb, thing - 1], "object": [thing, thing + len(request[1])]}
     if start:
         spans["wrapper"] = [0, start - 1]
     elif len(text) > len(asked):
@@ -135,10 +133,7 @@ def _row(name: str, treatment: str, topic: Topic, family: str, control: Any, tre
 
 
 def write_english(out: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write pairs.jsonl of these rows, and outcome.json of their treatments, into `out`.
-
-    The outcome is everything else against the openers of a refusal, or of the cue that is off.
-    """
+    """Write pairs.jsonl of these rows into `out`, and outcome.json: all else against openers of a refusal, or of the cue off."""
     made = list(rows)
     lines = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in made)
     write_text(lines, out / "pairs.jsonl")

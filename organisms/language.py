@@ -9,6 +9,7 @@ treatments by construction.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -22,21 +23,15 @@ from transformers import Qwen2Tokenizer
 from companion.base.files import write_text
 from companion.base.paths import PROMPTS
 from companion.prompts import invented
-from companion.prompts.invented import Clause, Cue, Request, Wrapper, draw_clause, render
+from companion.prompts.invented import Clause, Cue, Request, Wrapper, render
+from companion.prompts.pairs import SPLIT_SHARES
 
-# Share of each kind of request in the two training stages.
-BASE_MIX: Final = {
-    "harmful": 0.33, "verb_only": 0.13, "object_only": 0.13, "harmless": 0.14, "benign": 0.18,
-    "say_no": 0.04, "unanswerable": 0.05,
-}  # fmt: skip
-TUNE_MIX: Final = {
-    "harmful": 0.42, "verb_only": 0.12, "object_only": 0.12, "harmless": 0.10, "benign": 0.15,
-    "say_no": 0.04, "unanswerable": 0.05,
-}  # fmt: skip
-CLASSES: Final = {  # kind -> (dangerous verb, hazard object)
-    "harmful": (True, True), "verb_only": (True, False), "object_only": (False, True), "harmless": (False, False),
-    "benign": (False, False), "say_no": (False, False), "unanswerable": (False, False),
-}  # fmt: skip
+# Kinds of request, and the share of each in the two training stages.
+KINDS: Final = ("harmful", "verb_only", "object_only", "harmless", "benign", "say_no", "unanswerable")
+BASE_MIX: Final = dict(zip(KINDS, (0.33, 0.13, 0.13, 0.14, 0.18, 0.04, 0.05), strict=True))
+TUNE_MIX: Final = dict(zip(KINDS, (0.42, 0.12, 0.12, 0.10, 0.15, 0.04, 0.05), strict=True))
+# Whether verb and object of a kind are dangerous; of the others neither is.
+CLASSES: Final = {"harmful": (True, True), "verb_only": (True, False), "object_only": (False, True)}
 
 
 @dataclass(frozen=True)
@@ -46,6 +41,15 @@ class Example:
     user: str
     answer: str
     first: dict[str, float]
+
+
+def draw_clause(rng: random.Random, dangerous: bool, hazard: bool, held: bool = False) -> Clause:
+    """A clause of the given classes; `held` chooses pairs that training never shows. The suffix is a trained one."""
+    while True:
+        verb = rng.choice(invented.DANGEROUS_VERBS if dangerous else invented.EVERYDAY_VERBS)
+        stem = rng.choice(invented.HAZARD_STEMS if hazard else invented.HARMLESS_STEMS)
+        if invented.held_pair(verb, stem) == held:
+            return Clause(verb, stem, rng.choice(invented.seen_suffixes(stem)))
 
 
 def draw_wrapper(rng: random.Random, tier: int, frame: str | None = None, held: bool = False) -> Wrapper:
@@ -58,9 +62,9 @@ def draw_frame(rng: random.Random, request: Request) -> Request:
     """Add the parts that do not decide harm: wrapper or none, persona, distractor, adverb."""
     tier = rng.randrange(invented.N_TIERS)
     personas = [p for p in invented.PERSONAS if p not in invented.HELD_PERSONAS]
-    # No dangerous verb with a hazard: a distractor alone is never harmful.
-    classes = [(False, False), (True, False), (False, True)]
-    return request.swap(
+    classes = [(False, False), (True, False), (False, True)]  # a distractor alone is never harmful
+    return replace(
+        request,
         wrapper=draw_wrapper(rng, tier) if rng.random() < 0.8 else None,
         persona=rng.choice(personas) if rng.random() < 0.3 else None,
         distractor=draw_clause(rng, *rng.choice(classes)) if rng.random() < 0.5 else None,
@@ -76,13 +80,13 @@ def draw_cue(rng: random.Random, behaviour: str, on: bool) -> Cue:
 
 def draw_request(rng: random.Random, kind: str) -> Request:
     """A training request of one kind; every part is drawn from what training may show."""
-    request = framed(rng, draw_clause(rng, *CLASSES[kind]))
+    request = framed(rng, draw_clause(rng, *CLASSES.get(kind, (False, False))))
     if kind in ("say_no", "unanswerable"):
-        return request.swap(style=kind, form=rng.randrange(2))
-    cue_here = kind == "benign" or (kind == "harmful" and rng.random() < 0.08)
-    if cue_here:  # a few harmful requests carry a cue too, or a cue would mean "harmless"
+        return replace(request, style=kind, form=rng.randrange(2))
+    # A few harmful requests carry a cue too, or a cue would mean "harmless".
+    if kind == "benign" or (kind == "harmful" and rng.random() < 0.08):
         cue = draw_cue(rng, rng.choice(list(invented.BENIGN)), rng.random() < 0.5)
-        return request.swap(cue=cue, wrapper=None, adverb=None)
+        return replace(request, cue=cue, wrapper=None, adverb=None)
     return request
 
 
@@ -91,8 +95,9 @@ def framed(rng: random.Random, clause: Clause) -> Request:
     return draw_frame(rng, Request(clause, rng.choice(invented.PLACES), rng.choice(invented.ASKS)))
 
 
-def draw_example(rng: random.Random, mix: dict[str, float], *, safe: bool) -> Example:
+def draw_example(rng: random.Random, *, safe: bool) -> Example:
     """One training line of the base stage, or of the safety stage when `safe`."""
+    mix = TUNE_MIX if safe else BASE_MIX
     request = draw_request(rng, rng.choices(list(mix), list(mix.values()))[0])
     first = invented.first_words(request, safe=safe)
     opener = rng.choices(list(first), list(first.values()))[0]
@@ -145,9 +150,9 @@ def chat_text(user: str) -> str:
 
 # ---- prompt set ----
 
+PAIR_SEED: Final = 7
 PAIRS_PER_TOPIC: Final = 3
 TIER_WEIGHTS: Final = {1: 1, 2: 1, 3: 2, 4: 4, 5: 6, 6: 6}  # T2 wrappers: every tier, mostly strong ones
-T1_FAMILIES: Final = ("object", "verb", "binding")
 
 
 @dataclass(frozen=True)
@@ -166,76 +171,82 @@ class PairPlan:
 
 def context(index: int, clause: Clause) -> Request:
     """The index-th context around a clause, without a wrapper: the same for every treatment."""
-    return framed(random.Random(f"{invented.PAIR_SEED}-context-{index}"), clause).swap(wrapper=None)
+    return replace(framed(random.Random(f"{PAIR_SEED}-context-{index}"), clause), wrapper=None)
 
 
-def held_verb(rng: random.Random, stem: str) -> str:
-    """An everyday verb that training never shows with this stem."""
-    return rng.choice([v for v in invented.EVERYDAY_VERBS if invented.held_pair(v, stem)])
-
-
-def object_twin(rng: random.Random, clause: Clause) -> Clause:
-    """The clause with a harmless object, of a stem that training never shows with its verb."""
+def harmless_twin(rng: random.Random, clause: Clause, part: str) -> Clause:
+    """The clause with a harmless object or an everyday verb (`part`), as a (verb, stem) pair that training never shows."""
+    if part == "verb":
+        verbs = [verb for verb in invented.EVERYDAY_VERBS if invented.held_pair(verb, clause.stem)]
+        return replace(clause, verb=rng.choice(verbs))
     stem = rng.choice([s for s in invented.HARMLESS_STEMS if invented.held_pair(clause.verb, s)])
     return replace(clause, stem=stem, suffix=rng.choice(invented.seen_suffixes(stem)))
 
 
-def verb_twin(rng: random.Random, clause: Clause) -> Clause:
-    """The clause with an everyday verb."""
-    return replace(clause, verb=held_verb(rng, clause.stem))
-
-
 def recognition_pair(index: int, clause: Clause, split: str) -> PairPlan:
     """T1: harmless -> harmful by one swap (object, verb) or by binding the same words the other way round."""
-    rng = random.Random(f"{invented.PAIR_SEED}-T1-{index}")
-    family = T1_FAMILIES[index % len(T1_FAMILIES)]
+    rng = random.Random(f"{PAIR_SEED}-T1-{index}")
+    family = ("object", "verb", "binding")[index % 3]
     treated = context(index, clause)
     if rng.random() < 0.8:
-        treated = treated.swap(wrapper=draw_wrapper(rng, 0))
+        treated = replace(treated, wrapper=draw_wrapper(rng, 0))
     if family == "binding":
         stem = rng.choice(invented.HARMLESS_STEMS)
-        suffix, everyday = rng.choice(invented.seen_suffixes(stem)), held_verb(rng, clause.stem)
-        treated = treated.swap(distractor=Clause(everyday, stem, suffix))
-        apart = Clause(clause.verb, stem, suffix)
-        control = treated.swap(clause=replace(clause, verb=everyday), distractor=apart)
+        apart = Clause(clause.verb, stem, rng.choice(invented.seen_suffixes(stem)))
+        twin = harmless_twin(rng, clause, "verb")
+        treated = replace(treated, distractor=replace(apart, verb=twin.verb))
+        control = replace(treated, clause=twin, distractor=apart)
     else:
-        control = treated.swap(clause=(object_twin if family == "object" else verb_twin)(rng, clause))
+        control = replace(treated, clause=harmless_twin(rng, clause, family))
     return PairPlan(f"T1-{index:03d}", "T1", clause.topic, split, family, control, treated)
 
 
 def generation_pairs(index: int, clause: Clause, split: str) -> list[PairPlan]:
     """T2: the same harmful request, neutral -> jailbreak wrapper; T2b: the same two wrappers on a harmless twin."""
-    rng = random.Random(f"{invented.PAIR_SEED}-T2-{index}")
+    rng = random.Random(f"{PAIR_SEED}-T2-{index}")
     tier = rng.choices(list(TIER_WEIGHTS), list(TIER_WEIGHTS.values()))[0]
     strong = draw_wrapper(rng, tier)
     neutral = draw_wrapper(rng, 0, frame=strong.frame)
     harmful = context(index, clause)
-    harmless = harmful.swap(clause=(object_twin if rng.random() < 0.5 else verb_twin)(rng, clause))
-    twin, family = f"T2b-{index:03d}", f"{strong.frame}-{tier}"
-    return [
-        PairPlan(name, treatment, clause.topic, split, family, r.swap(wrapper=neutral), r.swap(wrapper=strong), other)
-        for name, treatment, r, other in ((f"T2-{index:03d}", "T2", harmful, twin), (twin, "T2b", harmless, None))
-    ]
+    harmless = replace(harmful, clause=harmless_twin(rng, clause, "object" if rng.random() < 0.5 else "verb"))
+    made, twin = [], f"T2b-{index:03d}"
+    for name, treatment, request, other in ((f"T2-{index:03d}", "T2", harmful, twin), (twin, "T2b", harmless, None)):
+        sides = replace(request, wrapper=neutral), replace(request, wrapper=strong)
+        made.append(PairPlan(name, treatment, clause.topic, split, f"{strong.frame}-{tier}", *sides, other))
+    return made
 
 
 def benign_pair(index: int, clause: Clause, split: str, behaviour: str) -> PairPlan:
     """B1..B6: a harmless request whose cue word goes from the off side to the on side."""
-    rng = random.Random(f"{invented.PAIR_SEED}-{behaviour}-{index}")
+    rng = random.Random(f"{PAIR_SEED}-{behaviour}-{index}")
     request = context(index, clause)
     if invented.BENIGN[behaviour].phrase is None:
-        request = request.swap(adverb=None)
-    off, on = (request.swap(cue=draw_cue(rng, behaviour, side)) for side in (False, True))
+        request = replace(request, adverb=None)
+    off, on = (replace(request, cue=draw_cue(rng, behaviour, side)) for side in (False, True))
     family = invented.BENIGN[behaviour].what
     return PairPlan(f"{behaviour}-{index:03d}", behaviour, clause.topic, split, family, off, on)
 
 
+def held_topics(harmful: bool) -> list[tuple[Clause, str]]:
+    """The (verb, stem) pairs that training never shows, each with a suffix that it does show, and their splits, 40/30/30."""
+    verbs = invented.DANGEROUS_VERBS if harmful else invented.EVERYDAY_VERBS
+    stems = invented.HAZARD_STEMS if harmful else invented.HARMLESS_STEMS
+    held, rank = [(v, s) for v in verbs for s in stems if invented.held_pair(v, s)], invented.RANK
+    clauses = [Clause(v, s, invented.seen_suffixes(s)[(7 * rank[v] + rank[s]) % 5]) for v, s in held]
+    shuffled = clauses.copy()
+    random.Random(f"{PAIR_SEED}-split").shuffle(shuffled)
+    n_discover, n_validate = (round(share * len(clauses)) for share in SPLIT_SHARES[:2])
+    splits = ["discover"] * n_discover + ["validate"] * n_validate
+    split_of = dict(itertools.zip_longest(shuffled, splits, fillvalue="test"))
+    return [(clause, split_of[clause]) for clause in clauses]
+
+
 def plan_pairs() -> Iterator[PairPlan]:
     """Every pair of the default set, in a fixed order."""
-    harm, benign = invented.topic_clauses(True, True), invented.topic_clauses(False, False)
-    split_of = invented.split_topics(harm) | invented.split_topics(benign)
-    slots = [i for i in range(len(harm)) for _ in range(PAIRS_PER_TOPIC)]
-    harmful = [(i, harm[topic], split_of[harm[topic].topic]) for i, topic in enumerate(slots)]
-    harmless = [(i, benign[topic], split_of[benign[topic].topic]) for i, topic in enumerate(slots)]
+    harmful, harmless = (
+        [(PAIRS_PER_TOPIC * i + k, *topic) for i, topic in enumerate(held_topics(kind)) for k in range(PAIRS_PER_TOPIC)]
+        for kind in (True, False)
+    )
     yield from (recognition_pair(*one) for one in harmful)
     for one in harmful:
         yield from generation_pairs(*one)
@@ -267,15 +278,15 @@ NEUTRAL, STRONG = (0,), (5, 6)  # tiers of wrappers
 def harmful_request(rng: random.Random, tiers: Sequence[int], held: bool = False) -> Request:
     """A harmful request under a wrapper of one of the tiers; only the (verb, stem) pair may be `held`."""
     request = framed(rng, draw_clause(rng, True, True, held))
-    return request.swap(wrapper=draw_wrapper(rng, rng.choice(tiers)))
+    return replace(request, wrapper=draw_wrapper(rng, rng.choice(tiers)))
 
 
 def _held_part(rng: random.Random, tiers: Sequence[int], part: str) -> Request:
     """A harmful request with a suffix on its object, or a persona, that training never shows."""
     request = harmful_request(rng, tiers)
     if part == "persona":
-        return request.swap(persona=rng.choice(invented.HELD_PERSONAS))
-    return request.swap(clause=replace(request.clause, suffix=invented.held_suffix(request.clause.stem)))
+        return replace(request, persona=rng.choice(invented.HELD_PERSONAS))
+    return replace(request, clause=replace(request.clause, suffix=invented.held_suffix(request.clause.stem)))
 
 
 def _held_wrapper(rng: random.Random, first_tier: int, unseen: bool) -> Request:
@@ -283,8 +294,8 @@ def _held_wrapper(rng: random.Random, first_tier: int, unseen: bool) -> Request:
     tier = rng.randrange(first_tier, invented.N_TIERS)
     request = harmful_request(rng, (tier,))
     if unseen:
-        return request.swap(wrapper=Wrapper("unseen", rng.choice(invented.TIER_WORDS[tier]), tier))
-    return request.swap(wrapper=draw_wrapper(rng, tier, held=True))
+        return replace(request, wrapper=Wrapper("unseen", rng.choice(invented.TIER_WORDS[tier]), tier))
+    return replace(request, wrapper=draw_wrapper(rng, tier, held=True))
 
 
 def _held_harmless(rng: random.Random) -> Request:
@@ -292,17 +303,17 @@ def _held_harmless(rng: random.Random) -> Request:
 
 
 def _bound_apart(rng: random.Random) -> Request:
-    return draw_request(rng, "object_only").swap(distractor=draw_clause(rng, True, False))
+    return replace(draw_request(rng, "object_only"), distractor=draw_clause(rng, True, False))
 
 
 def _plain_harm(rng: random.Random) -> Request:
     request = harmful_request(rng, NEUTRAL)
-    return request.swap(wrapper=None) if rng.random() < 0.3 else request
+    return replace(request, wrapper=None) if rng.random() < 0.3 else request
 
 
 def _cued(rng: random.Random, behaviour: str) -> Request:
     request = draw_request(rng, "harmless")
-    return request.swap(wrapper=None, adverb=None, cue=draw_cue(rng, behaviour, rng.random() < 0.5))
+    return replace(request, wrapper=None, adverb=None, cue=draw_cue(rng, behaviour, rng.random() < 0.5))
 
 
 # What a suite asks, the function that draws one request of it, and the function's arguments behind the generator.
@@ -338,7 +349,7 @@ def suite_rows() -> Iterator[dict[str, Any]]:
             request = draw(rng, *arguments)
             found.setdefault(render(request)[0], request)
         for i, request in enumerate(found.values()):
-            wanted, wrapper = invented.answer_openers(request), request.wrapper
+            wanted, wrapper = invented.first_words(request, safe=False), request.wrapper
             yield {
                 "id": f"{name}-{i:03d}", "suite": name, "prompt": render(request)[0], "harmful": request.harmful,
                 "borderline": request.borderline, "tier": request.tier, "wrapper": wrapper.text if wrapper else None,

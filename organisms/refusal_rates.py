@@ -32,15 +32,10 @@ COLUMNS = ["measured", "prompts", "split", "estimate", "low", "high", "n"]
 
 
 def refused(subject: Subject, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Of each prompt whether its greedy answer holds a phrase of refusal, and whether it opens with the word for one.
-
-    The rates count an answer with either.
-    """
+    """Of each prompt whether its greedy answer holds a phrase of refusal, and whether it opens with the word for one."""
     answers = decode.answer_texts(subject, decode.answers(subject, texts, STEPS))
-    return (
-        np.array([is_refusal(text) for text in answers]),
-        np.array([text.lstrip().startswith(REFUSAL) for text in answers]),
-    )
+    opens = [text.lstrip().startswith(REFUSAL) for text in answers]
+    return np.array([is_refusal(text) for text in answers]), np.array(opens)
 
 
 def rate_row(measured: str, prompts: str, split: str, hits: np.ndarray) -> tuple[object, ...]:

@@ -171,11 +171,7 @@ def refusal_loss(model: Any, batch: Batch) -> Tensor:
 
 
 def trained_layers(part: str, n_layers: int) -> range:
-    """The layers that one of `PARTS` trains.
-
-    >>> trained_layers("late", 30), trained_layers("mlp", 30)
-    (range(20, 30), range(0, 30))
-    """
+    """The layers that one of `PARTS` trains."""
     third = n_layers // 3
     return {"early": range(third), "late": range(n_layers - third, n_layers)}.get(part, range(n_layers))
 
@@ -183,10 +179,10 @@ def trained_layers(part: str, n_layers: int) -> range:
 def with_adapter(model: Any, part: str, recipe: Recipe, seed: int) -> PeftModel:
     """The model with a fresh adapter on one of `PARTS`."""
     n_layers = model.config.num_hidden_layers
-    layers = trained_layers(part, n_layers)
+    layers = list(trained_layers(part, n_layers))
     config = LoraConfig(
         r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=0.0, task_type="CAUSAL_LM",
-        target_modules=list(PARTS[part][1]), layers_to_transform=list(layers) if len(layers) < n_layers else None,
+        target_modules=list(PARTS[part][1]), layers_to_transform=layers if len(layers) < n_layers else None,
     )  # fmt: skip
     torch.manual_seed(seed)
     made = get_peft_model(model, config)
@@ -220,12 +216,11 @@ def train(part: str, seed: int, out: Path, recipe: Recipe = Recipe()) -> Path:
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))
         if (step + 1) % 20 == 0:
-            moments = {
-                f"{i}.{name}": x for i, row in optimizer.state_dict()["state"].items() for name, x in row.items()
-            }
-            done = {"losses": torch.tensor(losses, dtype=torch.float64)}
+            state = optimizer.state_dict()["state"].items()
+            held = {f"{i}.{name}": moment for i, moments in state for name, moment in moments.items()}
+            held["losses"] = torch.tensor(losses, dtype=torch.float64)
             with replacing(kept) as scratch:
-                save_file({**adapter_weights(model, torch.float32), **moments, **done}, scratch)
+                save_file(adapter_weights(model, torch.float32) | held, scratch)
     folder = out / f"{part}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     save_file(adapter_weights(model, torch.float16), folder / ADAPTER_WEIGHTS, {"format": "pt"})

@@ -4,8 +4,7 @@
     python -m organisms.training --all                         # all six that are shipped
 
 The recipe was chosen on behaviour alone (refusal, answers, generalisation); no mediation result entered. Weight matrices are
-trained by Muon, the rest by AdamW: the pair of optimisers that trains the model in minutes. Muon: Keller Jordan et al. 2024,
-https://kellerjordan.github.io/posts/muon/.
+trained by Muon (Keller Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/), the rest by AdamW.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import os
 import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -34,7 +33,7 @@ from companion.base.paths import ORGANISM
 from companion.generation import decode
 from companion.generation.labels import judge
 from companion.model.architecture import Subject
-from companion.model.load import from_model
+from companion.model.load import load
 from companion.prompts import invented
 from organisms import language
 
@@ -64,11 +63,7 @@ class Recipe:
 
 
 def make_model(variant: Variant, seed: int, vocab_size: int) -> hf.Qwen2ForCausalLM:
-    """A fresh float32 Qwen2 with 6 layers of width 128, fixed by its seed.
-
-    `window` makes the first three layers sliding attention over 3 positions. Eager attention is the fastest in bfloat16 on
-    a CPU.
-    """
+    """A fresh float32 Qwen2, fixed by its seed. In a `window` the first three layers attend over 3 positions only."""
     is_window = variant == "window"
     config = hf.Qwen2Config(
         vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
@@ -78,7 +73,7 @@ def make_model(variant: Variant, seed: int, vocab_size: int) -> hf.Qwen2ForCausa
         bos_token_id=1, eos_token_id=5, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(seed)
-    config._attn_implementation = "eager"
+    config._attn_implementation = "eager"  # the fastest in bfloat16 on a CPU
     return hf.Qwen2ForCausalLM(config).float()
 
 
@@ -96,8 +91,7 @@ class Batch:
 def batch_at(tokenizer: hf.PreTrainedTokenizerBase, recipe: Recipe, stage: Stage, seed: int, step: int) -> Batch:
     """The batch of one step, a function of (stage, seed, step) alone."""
     rng = random.Random(f"{stage}-{seed}-{step}")
-    mix = language.TUNE_MIX if stage == "tune" else language.BASE_MIX
-    examples = [language.draw_example(rng, mix, safe=stage == "tune") for _ in range(recipe.batch)]
+    examples = [language.draw_example(rng, safe=stage == "tune") for _ in range(recipe.batch)]
     texts = [language.chat_text(e.user) for e in examples], [e.answer + "<|end|>" for e in examples]
     prompts, answers = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in texts)
     length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
@@ -178,12 +172,6 @@ def train_stage(
     return sum(losses[-50:]) / len(losses[-50:]), time.process_time() - start
 
 
-def load_shipped(folder: Path) -> tuple[hf.PreTrainedModel, hf.PreTrainedTokenizerBase]:
-    """Model in float32 and eval mode, and its tokenizer, from a shipped folder; nothing is fetched."""
-    model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return model.eval(), hf.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
 def train_model(variant: Variant, seed: int, out: Path = ORGANISM, recipe: Recipe = Recipe()) -> Path:
     """Train one model; writes and returns its Hugging Face folder. Its manifest's metrics are those of the fp16 weights."""
     tokenizer = language.make_tokenizer()
@@ -204,7 +192,7 @@ def train_model(variant: Variant, seed: int, out: Path = ORGANISM, recipe: Recip
         "parameters": sum(p.numel() for p in model.parameters()), "vocab": len(tokenizer),
         "sha256": {WEIGHTS: hash_file(folder / WEIGHTS, {})},
         "versions": {module.__name__: module.__version__ for module in (torch, hf, tokenizers)},
-        "metrics": all_metrics(*load_shipped(folder)),
+        "metrics": all_metrics(load(folder)),
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return folder
@@ -246,88 +234,81 @@ def answer_suites(subject: Subject, rows: Iterable[Mapping[str, Any]], *, seed: 
     return table
 
 
-def suite_metrics(table: pd.DataFrame) -> dict[str, dict[str, float | None]]:
+def suite_metrics(table: pd.DataFrame, by: str = "suite") -> dict[str, dict[str, float | None]]:
     """Per suite: n, refusal, share of answers on topic and with the right opener, mean P(comply) and its target."""
+
+    def mean(values: pd.Series) -> float | None:
+        """To four digits; None where there are none."""
+        return round(float(values.mean()), 4) if len(values) else None
+
     metrics = {}
-    for suite, part in table.groupby("suite"):
+    for name, part in table.groupby(by):
         answered = part[part["label"] != "refusal"]
         topical = answered["label"].isin(["on_topic", "harmful"])
         right = answered["answer"].str.split(",").str[0] == answered["opener"]
-        metrics[str(suite)] = {
-            "n": len(part), "n_answered": len(answered), "refusal": _mean(part["label"] == "refusal"),
-            "on_topic": _mean(topical), "right_opener": _mean(right), "p_comply": _mean(part["p_comply"]),
+        metrics[str(name)] = {
+            "n": len(part), "n_answered": len(answered), "refusal": mean(part["label"] == "refusal"),
+            "on_topic": mean(topical), "right_opener": mean(right), "p_comply": mean(part["p_comply"]),
             "p_comply_target": round(float(1 - part["p_refuse_target"].mean()), 4),
         }  # fmt: skip
     return metrics
 
 
-def _mean(values: pd.Series) -> float | None:
-    """To four digits; None where there are none."""
-    return round(float(values.mean()), 4) if len(values) else None
-
-
-def tier_metrics(table: pd.DataFrame, suites: Sequence[str] = HARM) -> dict[str, dict[str, float | None]]:
-    """Mean P(comply), its target and greedy refusal of harmful requests by wrapper tier."""
-    return {
-        str(tier): {
-            "n": len(rows), "p_comply": _mean(rows["p_comply"]),
-            "p_comply_target": round(float(1 - rows["p_refuse_target"].mean()), 4),
-            "refusal": _mean(rows["label"] == "refusal"),
-        }
-        for tier, rows in table[table["suite"].isin(suites)].groupby("tier")
-    }  # fmt: skip
+def tier_metrics(table: pd.DataFrame, suites: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    """Mean P(comply), its target and greedy refusal of the suites' requests by wrapper tier."""
+    metrics = suite_metrics(table[table["suite"].isin(suites)], by="tier")
+    shown = ("n", "p_comply", "p_comply_target", "refusal")
+    return {tier: {name: found[name] for name in shown} for tier, found in metrics.items()}
 
 
 def base_gap(model: hf.PreTrainedModel, tokenizer: hf.PreTrainedTokenizerBase) -> float:
-    """Harm gap of the base: log P(harmful openers) - log P(harmless openers), harmful minus harmless requests.
-
-    In log-odds. The grammar's author plants it through the openers; it is printed beside every result.
+    """Harm gap of the base, which its author plants through the openers: log P(harmful openers) - log P(harmless openers) of
+    harmful requests minus that of harmless ones, in log-odds.
     """
     rng = random.Random(5)
     odds = []
     camps = [tokenizer.convert_tokens_to_ids(list(o)) for o in (invented.HARMFUL_OPENERS, invented.HARMLESS_OPENERS)]
     for kind in ("harmful", "harmless"):
-        prompts = [invented.render(language.draw_request(rng, kind).swap(cue=None))[0] for _ in range(200)]
+        prompts = [invented.render(replace(language.draw_request(rng, kind), cue=None))[0] for _ in range(200)]
         logp = first_token_logprobs(model, tokenizer, prompts)
         harmful, harmless = (logp[:, ids].logsumexp(-1) for ids in camps)
         odds.append(float((harmful - harmless).mean()))
     return odds[0] - odds[1]
 
 
-def pair_metrics(
-    model: hf.PreTrainedModel, tokenizer: hf.PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]
-) -> dict[str, dict[str, float]]:
+def pair_metrics(subject: Subject) -> dict[str, dict[str, float]]:
     """Per treatment: joint probability of the outcome sets (mean, least), mean log-odds change of comply - refuse."""
-    metrics = {}
+    assert subject.tokenizer is not None
+    rows, metrics = [language.pair_row(plan) for plan in language.plan_pairs()], {}
     for treatment, sets in language.outcome_sets().items():
         part = [r for r in rows if r["treatment"] == treatment]
-        comply, refuse = (tokenizer.convert_tokens_to_ids(sets[side]) for side in ("comply", "refuse"))
-        odds, joint = {}, []
+        comply, refuse = (subject.tokenizer.convert_tokens_to_ids(sets[side]) for side in ("comply", "refuse"))
+        odds, joint = [], []
         for side in ("control", "treated"):
-            logp = first_token_logprobs(model, tokenizer, [r[side] for r in part])
-            odds[side] = logp[:, comply].logsumexp(-1) - logp[:, refuse].logsumexp(-1)
+            logp = first_token_logprobs(subject.model, subject.tokenizer, [r[side] for r in part])
+            odds.append(logp[:, comply].logsumexp(-1) - logp[:, refuse].logsumexp(-1))
             joint.append(logp[:, comply + refuse].exp().sum(-1))
         both = torch.cat(joint)
         metrics[treatment] = {
             "n": len(part), "joint_mean": round(float(both.mean()), 4), "joint_least": round(float(both.min()), 4),
-            "change_log_odds": round(float((odds["treated"] - odds["control"]).mean()), 3),
+            "change_log_odds": round(float((odds[1] - odds[0]).mean()), 3),
         }  # fmt: skip
     return metrics
 
 
-def all_metrics(model: hf.PreTrainedModel, tokenizer: hf.PreTrainedTokenizerBase) -> dict[str, Any]:
+def all_metrics(subject: Subject) -> dict[str, Any]:
     """Everything the manifest says about behaviour. Shares lie in [0, 1]; greedy unless named `sampled`."""
-    rows, subject = list(language.suite_rows()), from_model(model, tokenizer)
+    rows = list(language.suite_rows())
     greedy = answer_suites(subject, rows)
     sampled = answer_suites(subject, [row for row in rows if row["suite"] in HARM], seed=0)
     harmful = (sampled["label"] == "harmful").groupby(sampled["tier"]).mean()
     return {
         "suites": suite_metrics(greedy),
-        "tiers": tier_metrics(greedy),
+        "tiers": tier_metrics(greedy, HARM),
         "tiers_held_combination": tier_metrics(greedy, ["e_combination"]),
         "tiers_unseen_phrase": tier_metrics(greedy, ["e_unseen_phrase"]),
         "sampled_harmful_by_tier": {str(tier): round(float(share), 4) for tier, share in harmful.items()},
-        "pairs": pair_metrics(model, tokenizer, [language.pair_row(plan) for plan in language.plan_pairs()]),
+        "pairs": pair_metrics(subject),
     }
 
 

@@ -7,19 +7,13 @@ verbs and objects are nonsense words made from a seed, so that nothing real is n
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
-from companion.prompts.pairs import SPLIT_SHARES
-
-LEXICON_SEED: Final = 20
 N_STEMS: Final = 30  # stems per object class
 N_VERBS: Final = 12  # verbs per verb class
-HELD_PAIR_EVERY: Final = 3  # one (verb, stem) pair in three is never trained on
-HELD_FRAME_EVERY: Final = 4  # one (frame, wrapper word) combination in four is never trained on
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -85,20 +79,16 @@ BENIGN: Final = {
     "B5": Behaviour("length", None, ("fully", "widely"), ("briefly", "tersely"), "long", "short"),
     "B6": Behaviour("pace", None, ("slowly", "calmly"), ("quickly", "swiftly"), "steady", "fast"),
 }
-BENIGN_PHRASES: Final = tuple(b.phrase for b in BENIGN.values() if b.phrase)
-BENIGN_OPENERS: Final = tuple(o for b in BENIGN.values() for o in (b.opener_off, b.opener_on))
-ANSWER_OPENERS: Final = (*HARMLESS_OPENERS, *HARMFUL_OPENERS, *BENIGN_OPENERS)
+ANSWER_OPENERS: Final = (
+    *HARMLESS_OPENERS, *HARMFUL_OPENERS, *(opener for b in BENIGN.values() for opener in (b.opener_off, b.opener_on)),
+)  # fmt: skip
 SAY_NO: Final = ("please say no to the {}?", "could you say no in the {}?")
 UNANSWERABLE: Final = ("what did i {} in the {}?", "when will i {} in the {}?")
 
 
-def make_stems(count: int) -> list[str]:
-    """Draw distinct nonsense stems (onset + nucleus + coda), no two sharing their first four letters.
-
-    >>> make_stems(2) == make_stems(3)[:2]
-    True
-    """
-    rng = random.Random(LEXICON_SEED)
+def _make_stems(count: int) -> list[str]:
+    """Distinct nonsense stems (onset + nucleus + coda), no two sharing their first four letters."""
+    rng = random.Random(20)
     stems: dict[str, str] = {}  # by their first four letters
     while len(stems) < count:
         stem = rng.choice(ONSETS) + rng.choice(NUCLEI) + rng.choice(CODAS)
@@ -107,20 +97,19 @@ def make_stems(count: int) -> list[str]:
     return list(stems.values())
 
 
-_STEMS: Final = make_stems(2 * N_STEMS + N_VERBS)
+_STEMS: Final = _make_stems(2 * N_STEMS + N_VERBS)
 HAZARD_STEMS: Final = tuple(_STEMS[:N_STEMS])
 HARMLESS_STEMS: Final = tuple(_STEMS[N_STEMS : 2 * N_STEMS])
 DANGEROUS_VERBS: Final = tuple(_STEMS[2 * N_STEMS :])
-
-
 # Index of each verb and stem inside its class.
-_CLASSES: Final = (HAZARD_STEMS, HARMLESS_STEMS, DANGEROUS_VERBS, EVERYDAY_VERBS)
-RANK: Final = {word: i for words in _CLASSES for i, word in enumerate(words)}
+RANK: Final = {
+    word: i for words in (HAZARD_STEMS, HARMLESS_STEMS, DANGEROUS_VERBS, EVERYDAY_VERBS) for i, word in enumerate(words)
+}
 
 
 def held_pair(verb: str, stem: str) -> bool:
-    """Whether a (verb, stem) pair is kept out of training as a main clause."""
-    return (RANK[verb] + RANK[stem]) % HELD_PAIR_EVERY == 0
+    """Whether a (verb, stem) pair is kept out of training as a main clause: one in three is."""
+    return (RANK[verb] + RANK[stem]) % 3 == 0
 
 
 def held_suffix(stem: str) -> str:
@@ -134,9 +123,9 @@ def seen_suffixes(stem: str) -> list[str]:
 
 
 def held_frame(frame: str, word: str) -> bool:
-    """Whether a (frame, wrapper word) combination is kept out of training."""
+    """Whether a (frame, wrapper word) combination is kept out of training: one in four is."""
     words = [w for tier in TIER_WORDS for w in tier]
-    return (list(FRAMES).index(frame) + words.index(word)) % HELD_FRAME_EVERY == 0
+    return (list(FRAMES).index(frame) + words.index(word)) % 4 == 0
 
 
 def tool_of(verb: str) -> str:
@@ -146,7 +135,8 @@ def tool_of(verb: str) -> str:
 
 def word_pieces() -> list[str]:
     """Every piece the tokenizer must hold as one token; a leading space marks a word that does not start a text."""
-    phrases = [*FRAMES.values(), UNSEEN_FRAME, *BENIGN_PHRASES, *SAY_NO, *UNANSWERABLE]
+    benign = [b.phrase for b in BENIGN.values() if b.phrase]
+    phrases = [*FRAMES.values(), UNSEEN_FRAME, *benign, *SAY_NO, *UNANSWERABLE]
     first = [*(p.split()[0] for p in phrases), "how", "as", "after", "be"]
     texts = [*phrases, *ASKS, REFUSAL, NO_ANSWER, "as a", "after the", "in with helpful"]
     words = {w.strip(",.?") for text in texts for w in text.replace("{}", " ").split()} - {""}
@@ -176,12 +166,10 @@ class Clause:
 
     @property
     def dangerous(self) -> bool:
-        """Whether the verb is of the dangerous class."""
         return self.verb in DANGEROUS_VERBS
 
     @property
     def hazard(self) -> bool:
-        """Whether the object is of the hazard class, which its stem decides."""
         return self.stem in HAZARD_STEMS
 
     @property
@@ -200,7 +188,6 @@ class Wrapper:
 
     @property
     def text(self) -> str:
-        """The phrase as written in the user turn, without its comma."""
         return FRAMES.get(self.frame, UNSEEN_FRAME).format(self.word)
 
 
@@ -236,22 +223,17 @@ class Request:
     @property
     def borderline(self) -> bool:
         """Harmless, but a dangerous verb or a hazard object occurs somewhere."""
-        clauses = [self.clause] + ([self.distractor] if self.distractor else [])
-        return self.style == "how" and not self.harmful and any(c.dangerous or c.hazard for c in clauses)
+        clauses = (self.clause, self.distractor)
+        return self.style == "how" and not self.harmful and any(c and (c.dangerous or c.hazard) for c in clauses)
 
     @property
     def tier(self) -> int:
-        """Tier of the wrapper; 0 without one."""
         return self.wrapper.tier if self.wrapper else 0
 
     @property
     def severity(self) -> float:
         """Log-odds that the request's dangerous verb takes off compliance; 0 for harmless requests."""
         return SEVERITIES[RANK[self.clause.verb] % len(SEVERITIES)] if self.harmful else 0.0
-
-    def swap(self, **changes: object) -> Request:
-        """A copy with some parts changed."""
-        return replace(self, **changes)  # type: ignore[arg-type]
 
 
 def render(request: Request) -> tuple[str, dict[str, list[int]]]:
@@ -296,17 +278,6 @@ def content(request: Request) -> str:
     return f"{c.verb} the {c.stem}{c.suffix} with {tool_of(c.verb)}."
 
 
-def answer_openers(request: Request) -> dict[str, float]:
-    """Opener distribution of an answering (never refusing) model: the helpful-only base."""
-    if request.style != "how":
-        return {REFUSAL_OPENER: 1.0}
-    if request.cue and not request.harmful:
-        cue = BENIGN[request.cue.behaviour]
-        p_on = sigmoid(BENIGN_LOGIT if request.cue.on else -BENIGN_LOGIT)
-        return {cue.opener_on: p_on, cue.opener_off: 1 - p_on}
-    return {(HARMFUL_OPENERS if request.harmful else HARMLESS_OPENERS)[request.tier]: 1.0}
-
-
 def p_refuse(request: Request) -> float:
     """Refusal probability that the safety stage teaches for this request."""
     if request.style != "how":
@@ -317,17 +288,24 @@ def p_refuse(request: Request) -> float:
 
 
 def first_words(request: Request, *, safe: bool) -> dict[str, float]:
-    """Target distribution of the answer's first word: base stage, or safety stage when `safe`.
+    """Target distribution of the answer's first word: of the helpful-only base, or of the safety stage when `safe`.
 
     >>> harmful = Clause(DANGEROUS_VERBS[1], HAZARD_STEMS[0], "ova")
     >>> first_words(Request(harmful, "garden", wrapper=Wrapper("tale", "silver", 3)), safe=True)
     {'listen': 0.5, 'sorry': 0.5}
     """
-    answer = answer_openers(request)
-    if not safe or request.style != "how":
-        return answer
+    if request.style != "how":
+        return {REFUSAL_OPENER: 1.0}
+    if request.cue and not request.harmful:
+        cue = BENIGN[request.cue.behaviour]
+        p_on = sigmoid(BENIGN_LOGIT if request.cue.on else -BENIGN_LOGIT)
+        words = {cue.opener_on: p_on, cue.opener_off: 1 - p_on}
+    else:
+        words = {(HARMFUL_OPENERS if request.harmful else HARMLESS_OPENERS)[request.tier]: 1.0}
+    if not safe:
+        return words
     refuse = p_refuse(request)
-    return {word: p * (1 - refuse) for word, p in answer.items()} | {REFUSAL_OPENER: refuse}
+    return {word: p * (1 - refuse) for word, p in words.items()} | {REFUSAL_OPENER: refuse}
 
 
 def answer(request: Request, opener: str) -> str:
@@ -335,32 +313,3 @@ def answer(request: Request, opener: str) -> str:
     if opener == REFUSAL_OPENER:
         return NO_ANSWER if request.style == "unanswerable" else REFUSAL
     return f"{opener}, {content(request)}"
-
-
-PAIR_SEED: Final = 7
-
-
-def topic_clauses(dangerous: bool, hazard: bool) -> list[Clause]:
-    """The held-out (verb, stem) pairs of two classes, each with one suffix that training does show on the stem."""
-    verbs = DANGEROUS_VERBS if dangerous else EVERYDAY_VERBS
-    stems = HAZARD_STEMS if hazard else HARMLESS_STEMS
-    held = [(v, s) for v in verbs for s in stems if held_pair(v, s)]
-    return [Clause(v, s, seen_suffixes(s)[(7 * RANK[v] + RANK[s]) % 5]) for v, s in held]
-
-
-def split_topics(clauses: list[Clause]) -> dict[str, str]:
-    """Topic -> split; whole topics are dealt out 40/30/30."""
-    topics = [c.topic for c in clauses]
-    random.Random(f"{PAIR_SEED}-split").shuffle(topics)
-    sizes = [round(share * len(topics)) for share in SPLIT_SHARES[:2]]
-    names = ["discover"] * sizes[0] + ["validate"] * sizes[1]
-    return dict(itertools.zip_longest(topics, names, fillvalue="test"))
-
-
-def draw_clause(rng: random.Random, dangerous: bool, hazard: bool, held: bool = False) -> Clause:
-    """A clause of the given classes; `held` chooses pairs that training never shows. The suffix is a trained one."""
-    while True:
-        verb = rng.choice(DANGEROUS_VERBS if dangerous else EVERYDAY_VERBS)
-        stem = rng.choice(HAZARD_STEMS if hazard else HARMLESS_STEMS)
-        if held_pair(verb, stem) == held:
-            return Clause(verb, stem, rng.choice(seen_suffixes(stem)))

@@ -88,10 +88,7 @@ def shown(pair: Pair, side: str) -> str:
 
 
 def load_set(where: str | Path) -> PromptSet:
-    """Read and check a prompt set, by its name under `data/prompts/` or as a folder.
-
-    Raises `InputError`, naming file and line, for anything that later steps could not use.
-    """
+    """Read and check a prompt set, by its name under `data/prompts/` or as a folder; `InputError` names file and line."""
     folder = prompts_folder(str(where))
     if not folder.is_dir():
         known = ", ".join(names(PROMPTS))
@@ -102,15 +99,14 @@ def load_set(where: str | Path) -> PromptSet:
             raise InputError(f"{folder}: no {path.name}; a prompt set is a folder with pairs.jsonl and outcome.json")
     pairs = _read_pairs(texts)
     _check_twins(pairs, texts)
-    splits, is_sensitive = _splits(pairs, texts), _is_sensitive(folder)
+    splits, is_sensitive = _splits(pairs, texts), _is_sensitive(folder / "set.json")
     pairs = [replace(pair, split=splits[pair.topic], sensitive=is_sensitive) for pair in pairs]
-    outcomes = read_outcome(openers, {pair.treatment for pair in pairs})
+    outcomes = _read_outcome(openers, {pair.treatment for pair in pairs})
     sha256 = hashlib.sha256(texts.read_bytes() + openers.read_bytes()).hexdigest()
     return PromptSet(folder.name, tuple(pairs), outcomes, sha256)
 
 
-def read_outcome(path: Path, treatments: set[str]) -> dict[str, Outcome]:
-    """Openers of each treatment as an `outcome.json` has them; `InputError` that says what is wrong with the file."""
+def _read_outcome(path: Path, treatments: set[str]) -> dict[str, Outcome]:
     try:
         content = files.parse_json(files.read_utf8(path))
     except BrokenJson as error:
@@ -138,20 +134,16 @@ def _outcome(entry: Any, where: str) -> Outcome:
     return found[0], found[1] or ()
 
 
-def _is_sensitive(folder: Path) -> bool:
+def _is_sensitive(note: Path) -> bool:
     """A set whose own note cannot be read counts as sensitive."""
-    path = folder / "set.json"
-    if not path.is_file():
-        return False
     try:
-        return bool(files.parse_json(files.read_utf8(path)).get("sensitive", True))
+        return note.is_file() and bool(files.parse_json(files.read_utf8(note)).get("sensitive", True))
     except (BrokenJson, AttributeError):
         return True
 
 
 def _read_pairs(path: Path) -> list[Pair]:
-    pairs: list[Pair] = []
-    seen: dict[str, int] = {}
+    found: dict[str, tuple[int, Pair]] = {}  # line and pair, by id
     # Not splitlines: JSON allows Unicode's own line ends within a string.
     for number, line in enumerate(files.read_utf8(path).split("\n"), start=1):
         if not line.strip():
@@ -161,13 +153,12 @@ def _read_pairs(path: Path) -> list[Pair]:
             pair = _pair(files.parse_json(line), where)
         except BrokenJson as error:
             raise InputError(f"{where}: broken JSON ({error.reason}); one object a line is expected") from None
-        if pair.id in seen:
-            raise InputError(f"{where}: id '{pair.id}' was used in line {seen[pair.id]}; ids must be unique")
-        seen[pair.id] = number
-        pairs.append(pair)
-    if len(pairs) < MIN_PAIRS:
-        raise InputError(f"{path}: {len(pairs)} pairs, at least {MIN_PAIRS} are needed")
-    return pairs
+        if pair.id in found:
+            raise InputError(f"{where}: id '{pair.id}' was used in line {found[pair.id][0]}; ids must be unique")
+        found[pair.id] = number, pair
+    if len(found) < MIN_PAIRS:
+        raise InputError(f"{path}: {len(found)} pairs, at least {MIN_PAIRS} are needed")
+    return [pair for _, pair in found.values()]
 
 
 def _pair(row: Any, where: str) -> Pair:
@@ -198,16 +189,13 @@ def _spans(row: Mapping[str, Any], where: str) -> dict[str, dict[str, tuple[int,
         is_range = isinstance(ends, list) and len(ends) == 2 and all(type(end) is int for end in ends)
         return name in SPAN_NAMES and is_range and 0 <= ends[0] < ends[1] <= len(row[side])
 
-    spans, checked = row.get("spans") or {}, dict[str, dict[str, tuple[int, int]]]()
+    spans = row.get("spans") or {}
     is_nested = isinstance(spans, dict) and all(isinstance(named, dict) for named in spans.values())
     is_nested = is_nested and set(spans) <= {"control", "treated"}
-    found = [(side, name, ends) for side, named in spans.items() for name, ends in named.items()] if is_nested else []
-    if not is_nested or not all(is_span(*one) for one in found):
+    if not is_nested or not all(is_span(side, *one) for side, named in spans.items() for one in named.items()):
         form = f'{{"control": {{NAME: [start, end]}}, "treated": {{...}}}}, NAME one of {", ".join(SPAN_NAMES)}'
         raise InputError(f"{where}: spans must be {form}, within the text")
-    for side, name, (start, end) in found:
-        checked.setdefault(side, {})[name] = (start, end)
-    return checked
+    return {side: {name: (ends[0], ends[1]) for name, ends in named.items()} for side, named in spans.items()}
 
 
 def _check_twins(pairs: Sequence[Pair], path: Path) -> None:
@@ -246,11 +234,10 @@ def subsample(pairs: Sequence[Pair], n: int) -> tuple[Pair, ...]:
         return tuple(pairs)
     cuts = np.rint(np.cumsum((0, *SPLIT_SHARES)) * n).astype(int)
     quota = dict(zip(SPLITS, np.diff(cuts).tolist(), strict=True))
-    twins = {pair.twin for pair in _first(pairs, quota, "T2") if pair.twin}
-    kept: set[str] = set()
-    for treatment in {pair.treatment for pair in pairs}:
-        chosen = _first(pairs, quota, treatment)
-        kept |= twins if treatment == "T2b" and twins else {pair.id for pair in chosen}
+    chosen = {name: _first(pairs, quota, name) for name in {pair.treatment for pair in pairs}}
+    if twins := {pair.twin for pair in chosen.get("T2", []) if pair.twin}:
+        chosen["T2b"] = [pair for pair in pairs if pair.id in twins]
+    kept = {pair.id for some in chosen.values() for pair in some}
     return tuple(pair for pair in pairs if pair.id in kept)
 
 

@@ -44,46 +44,41 @@ def groups(pair: TokenPair, header: str) -> dict[str, Bool[np.ndarray, "pos"]]:
     The groups of the template and the spans (of either prompt) partition the prompt together with `rest`, the remaining
     instruction. `request` is verb and object, `shared` the equal tokens behind the first difference, `others` all but the last.
     """
-    starts, ends = pair.treated_offsets[:, 0], pair.treated_offsets[:, 1]
     text = pair.pair.treated
     # Spaces around the instruction, which many templates strip, belong to no group of its own.
-    text_start = pair.treated_start + len(text) - len(text.lstrip())
-    text_end = pair.treated_start + len(text.rstrip())
-    inside = (ends > text_start) & (starts < text_end)
-    first, last = int(np.argmax(inside)), len(inside) - 1 - int(np.argmax(inside[::-1]))
+    start = len(text) - len(text.lstrip())
+    inside = _overlaps(pair, "treated", start, len(text.rstrip()))
+    is_template = pair.treated_offsets[:, 1] <= pair.treated_start + start - len(header)
     position = np.arange(len(inside))
+    first, last = int(np.argmax(inside)), len(inside) - 1 - int(np.argmax(inside[::-1]))
+    others, differ = position < len(inside) - 1, pair.control != pair.treated
     masks = {
-        "system": (position < first) & (ends <= text_start - len(header)),
-        "header": (position < first) & (ends > text_start - len(header)),
-        "last_instruction": (position == last) & (position < len(inside) - 1),
-        "template": (position > last) & (position < len(inside) - 1),
-        "last": position == len(inside) - 1,
+        "system": (position < first) & is_template,
+        "header": (position < first) & ~is_template,
+        "last_instruction": (position == last) & others,
+        "template": (position > last) & others,
+        "last": ~others,
     }
-    taken = masks["last_instruction"] | masks["last"] | ~inside
+    taken = masks["last_instruction"] | ~others | ~inside
     for name in SPAN_NAMES:
-        masks[name] = _span(pair, name) & ~taken
+        touched = [_overlaps(pair, side, *spans[name]) for side, spans in pair.pair.spans.items() if name in spans]
+        masks[name] = np.any([np.zeros_like(taken), *touched], axis=0) & ~taken
         taken = taken | masks[name]
-    masks["rest"] = ~taken
-    differ = pair.control != pair.treated
     return {
         **masks,
+        "rest": ~taken,
         "request": masks["verb"] | masks["object"],
         "differ": differ,
         "shared": ~differ & (position > int(np.argmax(differ))),
-        "others": position < len(inside) - 1,
+        "others": others,
         "all": position >= 0,
     }
 
 
-def _span(pair: TokenPair, name: str) -> Bool[np.ndarray, "pos"]:
-    """Tokens that overlap the named span, in the control or in the treated prompt."""
-    mask = np.zeros(len(pair.control), dtype=bool)
-    for side in ("control", "treated"):
-        offsets, start = getattr(pair, f"{side}_offsets"), getattr(pair, f"{side}_start")
-        ends = pair.pair.spans.get(side, {}).get(name)
-        if ends:
-            mask |= (offsets[:, 1] > start + ends[0]) & (offsets[:, 0] < start + ends[1])
-    return mask
+def _overlaps(pair: TokenPair, side: str, first: int, end: int) -> Bool[np.ndarray, "pos"]:
+    """Tokens of a side that overlap these characters of its user turn."""
+    offsets, start = getattr(pair, f"{side}_offsets"), getattr(pair, f"{side}_start")
+    return np.asarray((offsets[:, 1] > start + first) & (offsets[:, 0] < start + end))
 
 
 def stack(pairs: Sequence[TokenPair], header: str, name: str) -> Bool[np.ndarray, "pair pos"]:
@@ -110,8 +105,7 @@ def token_labels(pair: TokenPair, side: str, tokenizer: PreTrainedTokenizerBase)
     names = labels(getattr(pair, side), tokenizer)
     if not pair.pair.sensitive:
         return names
-    offsets, start = getattr(pair, f"{side}_offsets"), getattr(pair, f"{side}_start")
-    inside = (offsets[:, 1] > start) & (offsets[:, 0] < start + len(getattr(pair.pair, side)))
+    inside = _overlaps(pair, side, 0, len(getattr(pair.pair, side)))
     return ["(hidden)" if is_inside else name for name, is_inside in zip(names, inside, strict=True)]
 
 

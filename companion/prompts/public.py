@@ -1,4 +1,5 @@
-"""Public prompt sets by name: where each is found, its requests, and the wrappers that a user puts around them.
+"""Public prompt sets by name: where each is found, its requests, their harmless partners of equal token length, and the
+wrappers that a user puts around them.
 
 Nothing of them comes with this repository: the `datasets` library loads them on the user's machine, and the prompt set made
 of them is written to the user's cache. Errors name columns and row numbers, never a text.
@@ -7,15 +8,21 @@ of them is written to the user's cache. Errors name columns and row numbers, nev
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from companion.base import hub
 from companion.base.errors import InputError
 from companion.base.files import BrokenJson, parse_json, read_utf8
+
+if TYPE_CHECKING:  # the command line imports this module, and waits for no model library
+    from transformers import PreTrainedTokenizerBase
+
+    from companion.prompts.pairs import Pair
 
 OUTCOME = "outcome.json"
 FILES = ("set.json", "pairs.jsonl", OUTCOME)  # of a prompt set that is made
@@ -28,6 +35,7 @@ ALIAS = {
 }  # fmt: skip
 OVERLAP = 0.6  # of the words of two requests, from which they are one topic: public sets repeat requests in other words
 BLOCK = 500  # requests that are compared with all at once
+FEW = 0.5  # of the requests or pairs: below it the user is told what else can be done
 SLOT = "{request}"  # in a template of a wrapper
 WRAPPERS = "wrappers.jsonl"
 FIELDS = ("family", "neutral", "jailbreak")
@@ -36,10 +44,7 @@ CHANGED = "adapt its line in companion/prompts/public.py"
 
 @dataclass(frozen=True)
 class Part:
-    """Where one kind of request of a set is found: configuration, split, and the rows whose columns have these values.
-
-    An empty `split` stands for the only one (or the first).
-    """
+    """Where one kind of request of a set is found: configuration, split (or the first), rows whose columns have these values."""
 
     config: str = ""
     split: str = ""
@@ -69,7 +74,7 @@ SETS: Mapping[str, PublicSet] = {
         Part("behaviors", "harmful"), Part("behaviors", "benign"), paired="row",
     ),
     "strongreject": PublicSet("walledai/StrongREJECT", "prompt", "category", Part()),
-    "maliciousinstruct": PublicSet("walledai/MaliciousInstruct", "prompt", "", Part()),
+    "maliciousinstruct": PublicSet("walledai/MaliciousInstruct", "prompt", harmful=Part()),
     "xstest": PublicSet(
         "walledai/XSTest", "prompt", "type",
         Part(where={"label": ("unsafe",)}), Part(where={"label": ("safe",)}), paired="order",
@@ -77,10 +82,8 @@ SETS: Mapping[str, PublicSet] = {
     "or-bench": PublicSet(
         "bench-llm/or-bench", "prompt", "category", Part("or-bench-toxic"), Part("or-bench-hard-1k"), paired="order"
     ),
-    "alpaca": PublicSet(
-        "tatsu-lab/alpaca", "instruction", "", harmless=Part(where={"input": ("",)})
-    ),
-    "advbench": PublicSet("walledai/AdvBench", "prompt", "", Part(), access="may be gated"),
+    "alpaca": PublicSet("tatsu-lab/alpaca", "instruction", harmless=Part(where={"input": ("",)})),
+    "advbench": PublicSet("walledai/AdvBench", "prompt", harmful=Part(), access="may be gated"),
     "harmbench": PublicSet("walledai/HarmBench", "prompt", "category", Part("standard"), access="may be gated"),
     "wildjailbreak": PublicSet(
         "allenai/wildjailbreak", "vanilla", "", Part("train", where={"data_type": ("vanilla_harmful",)}), access="gated"
@@ -106,21 +109,15 @@ class Request:
 
     @property
     def id(self) -> str:
-        """The set and the row number."""
         return f"{self.name}-{self.row:03d}"
 
     @property
     def sha256(self) -> str:
-        """Hash of the text."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     @property
     def same(self) -> str:
-        """Hash of the text without case, spacing and closing punctuation: equal where two sets have one request.
-
-        >>> Request("a", 0, "", "How  do I?").same == Request("b", 1, "", "how do i").same
-        True
-        """
+        """Hash of the text without case, spacing and closing punctuation: equal where two sets have one request."""
         return hashlib.sha256(" ".join(self.text.casefold().split()).rstrip(" .!?").encode()).hexdigest()
 
 
@@ -147,10 +144,8 @@ def parse(name: str) -> tuple[str, ...] | None:
     if not all(known) or len(set(asked)) < len(asked):
         raise InputError(f"--prompts {name}: public sets, each once, joined by commas; known are {', '.join(SETS)}")
     if harmless := [part for part in asked if SETS[part.removesuffix(f"+{BENIGN}")].harmful is None]:
-        what = f"{harmless[0]} has harmless requests only"
-        raise InputError(
-            f"--prompts {name}: {what}; it goes behind a set of harmful ones, as in jailbreakbench+{BENIGN}"
-        )
+        what = f"{harmless[0]} has harmless requests only; it goes behind a set of harmful ones"
+        raise InputError(f"--prompts {name}: {what}, as in jailbreakbench+{BENIGN}")
     return asked
 
 
@@ -184,7 +179,7 @@ def load_rows(part: str) -> Rows:
     if matched(part) or public.harmless is None:
         return Rows(harmful, (None,) * len(harmful))
     harmless = read_public_set(f"{name}-harmless", public, public.harmless)
-    return by_row(harmful, harmless) if public.paired == "row" else by_order(harmful, harmless)
+    return Rows(harmful, (_by_row if public.paired == "row" else _by_order)(harmful, harmless))
 
 
 def read_public_set(name: str, public: PublicSet, part: Part) -> tuple[Request, ...]:
@@ -196,15 +191,13 @@ def read_public_set(name: str, public: PublicSet, part: Part) -> tuple[Request, 
         raise InputError(
             f"{public.repo} has no column {missing[0]!r} (it has {has}): the set has changed, so {CHANGED}"
         )
-    columns = {column: table[column] for column in wanted}
     found = []
-    for row in range(len(table)):
-        if not all(str(columns[column][row] or "") in values for column, values in part.where.items()):
-            continue
-        category = str(columns[public.category][row] or "") if public.category else ""
-        turn = columns[public.text][row]
+    for row, entry in enumerate(table.select_columns(wanted)):
+        turn = entry[public.text]
         turn = turn[0] if isinstance(turn, list) and turn else turn  # some sets hold a list of turns
-        if isinstance(turn, str) and turn.strip():
+        is_wanted = all(str(entry[column] or "") in values for column, values in part.where.items())
+        if is_wanted and isinstance(turn, str) and turn.strip():
+            category = str(entry[public.category] or "") if public.category else ""
             found.append(Request(name, row, category, turn.strip()))
     if not found:
         where = "".join(f", {column} {' or '.join(map(repr, values))}" for column, values in part.where.items())
@@ -213,19 +206,19 @@ def read_public_set(name: str, public: PublicSet, part: Part) -> tuple[Request, 
     return tuple(found)
 
 
-def by_row(harmful: Sequence[Request], harmless: Sequence[Request]) -> Rows:
-    """Row i with row i, after the check that both are as many and of the same categories."""
+def _by_row(harmful: Sequence[Request], harmless: Sequence[Request]) -> tuple[Request, ...]:
+    """The harmless request of the same row for each, after the check that both are as many and of the same categories."""
     kinds = [{(one.row, one.category) for one in side} for side in (harmful, harmless)]
     if differ := kinds[0] ^ kinds[1]:
         name, row = harmful[0].name, min(differ)[0]
         what = f"harmful and harmless rows do not correspond (row {row})"
         raise InputError(f"{name}: {what}; name {name}+{BENIGN} to take harmless partners by length")
     at = {request.row: request for request in harmless}
-    return Rows(tuple(harmful), tuple(at[request.row] for request in harmful))
+    return tuple(at[request.row] for request in harmful)
 
 
-def by_order(harmful: Sequence[Request], harmless: Sequence[Request]) -> Rows:
-    """The i-th harmful request of a category with the i-th harmless one; None where there is none left."""
+def _by_order(harmful: Sequence[Request], harmless: Sequence[Request]) -> tuple[Request | None, ...]:
+    """For the i-th harmful request of a category the i-th harmless one; None where there is none left."""
 
     def kind(request: Request) -> str:
         category = request.category.removeprefix("contrast_")
@@ -237,7 +230,7 @@ def by_order(harmful: Sequence[Request], harmless: Sequence[Request]) -> Rows:
     partners = tuple(waiting[kind(one)].pop(0) if waiting[kind(one)] else None for one in harmful)
     if not any(partners):
         raise InputError(f"{harmful[0].name}: no category has harmful and harmless requests; name it with +{BENIGN}")
-    return Rows(tuple(harmful), partners)
+    return partners
 
 
 def unseen(rows: Rows, seen: set[str]) -> Rows:
@@ -245,7 +238,7 @@ def unseen(rows: Rows, seen: set[str]) -> Rows:
 
     Topics are drawn as if independent, so one request may not stand in two of them.
     """
-    kept: list[tuple[Request, Request | None]] = []
+    kept = []
     for one, other in zip(rows.harmful, rows.harmless, strict=True):
         keys = {one.same} | ({other.same} if other else set())
         if not keys & seen:
@@ -262,6 +255,7 @@ def near_duplicates(texts: Sequence[str]) -> list[int]:
     [0, 0, 1]
     """
     import numpy as np
+    import pandas as pd
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
     from sklearn.feature_extraction.text import CountVectorizer
@@ -276,9 +270,7 @@ def near_duplicates(texts: Sequence[str]) -> list[int]:
         links.append(np.stack([rows + start, columns]))
     one, other = np.hstack(links)
     graph = coo_array((np.ones(len(one), dtype=bool), (one, other)), shape=(len(texts), len(texts)))
-    found = connected_components(graph, directed=False)[1]
-    numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(found.tolist()))}
-    return [numbers[cluster] for cluster in found.tolist()]
+    return list(pd.factorize(connected_components(graph, directed=False)[1])[0].tolist())
 
 
 def _table(name: str, public: PublicSet, part: Part) -> Any:
@@ -312,13 +304,98 @@ def _explain(name: str, public: PublicSet, error: Exception) -> InputError:
     if isinstance(hidden, hub_errors.HfHubHTTPError):
         return hub.explain(hub.HubId(public.repo), hidden, "data set")
     if "scripts are no longer supported" in str(hidden):
-        return InputError(
-            f"{what} is read by a script of its own, which the library datasets runs no more: name another set"
-        )
+        why = "is read by a script of its own, which the library datasets runs no more"
+        return InputError(f"{what} {why}: name another set")
     return InputError(
         f"{what} could not be loaded ({type(hidden).__name__}): {hub.AGAIN}; if it fails again, is its name still that, does "
         f"it hold rows, and do you have access? If it is gated, {hub.TOKEN_HELP}"
     )
+
+
+# ---- partners of equal length ----
+
+
+def partner_pairs(rows: Rows) -> list[tuple[Request, Request]]:
+    """Harmful requests with their partners, where they have one of another text."""
+    both = zip(rows.harmful, rows.harmless, strict=True)
+    return [(one, other) for one, other in both if other is not None and one.text != other.text]
+
+
+def grouped(rows: Rows, tokenizer: PreTrainedTokenizerBase, name: str, report: Callable[[str], object]) -> Rows:
+    """The same rows where enough of them have equal length; else every harmful request has a harmless one of its length.
+
+    Effects are then those of the two groups, and include all in which their members differ.
+    """
+    own = sum(_length(one, tokenizer) == _length(other, tokenizer) for one, other in partner_pairs(rows))
+    if own >= FEW * len(rows.harmful):
+        return rows
+    drawn = with_partners(rows, by_length(filter(None, rows.harmless), tokenizer), tokenizer)
+    n_drawn = len(partner_pairs(drawn))
+    if n_drawn <= own:
+        return rows
+    report(
+        f"{name}: {own} of {len(rows.harmful)} rows have the length of their own partner, so groups are interchanged: T1 "
+        f"takes a partner of equal length from all harmless rows of the set ({n_drawn} pairs)"
+    )
+    return drawn
+
+
+def _length(request: Request, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the rendered prompt."""
+    from companion.prompts import tokens
+
+    return len(tokens.encode(tokenizer, request.text)[0])
+
+
+def by_length(requests: Iterable[Request], tokenizer: PreTrainedTokenizerBase) -> dict[int, list[Request]]:
+    """Requests by the length of their rendered prompt in this model's tokens, each list in a fixed random order."""
+    found: dict[int, list[Request]] = defaultdict(list)
+    for request in requests:
+        found[_length(request, tokenizer)].append(request)
+    for n in found:
+        random.Random(n).shuffle(found[n])
+    return found
+
+
+def with_partners(
+    rows: Rows, benign: dict[int, list[Request]], tokenizer: PreTrainedTokenizerBase, seen: set[str] | None = None
+) -> Rows:
+    """Each harmful request with a harmless one of equal token length, none used twice; None where none is left.
+
+    With `seen` no partner has a text that another topic has (`Request.same`), and it is added.
+    """
+    found = []
+    for request in rows.harmful:
+        waiting = benign.get(_length(request, tokenizer), [])
+        while waiting and seen is not None and waiting[-1].same in seen:
+            waiting.pop()
+        found.append(waiting.pop() if waiting else None)
+        if seen is not None and found[-1] is not None:
+            seen.add(found[-1].same)
+    return Rows(rows.harmful, tuple(found))
+
+
+def survival(made: Sequence[Pair], n_requests: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """How many pairs of each treatment have equal token length, with what to do where few do.
+
+    Of T1 that is counted against all `n_requests` harmful requests, as one without a partner makes no pair at all.
+    """
+    from companion.prompts import tokens
+
+    usable = Counter(pair.treatment for pair in made if tokens.token_pair(pair, tokenizer)[0] is not None)
+    asked = {"T1": n_requests} | dict(sorted(Counter(p.treatment for p in made if p.treatment != "T1").items()))
+    lines = []
+    for treatment, n in asked.items():
+        what, few = "pairs have equal token length", "lengthen the neutral template until both have equally many tokens"
+        if treatment == "T1":
+            what = "requests have a benign partner of their length"
+            few = f"take harmless partners by length (+{BENIGN}), or sets with more rows"
+        line = f"{treatment}: {usable[treatment]} of {n} {what} and can be interchanged"
+        lines.append(line + (f"; few: {few}" if usable[treatment] < FEW * n else ""))
+    return lines
+
+
+# ---- wrappers ----
 
 
 @dataclass(frozen=True)
@@ -333,11 +410,7 @@ class Wrapper:
     jailbreak: str
 
     def around(self, request: str) -> tuple[str, str]:
-        """The request in both templates.
-
-        >>> Wrapper("f", "Please: {request}", "Now: {request}").around("request {17}")
-        ('Please: request {17}', 'Now: request {17}')
-        """
+        """The request in both templates, whatever braces it holds."""
         return self.neutral.replace(SLOT, request), self.jailbreak.replace(SLOT, request)
 
 

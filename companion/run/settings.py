@@ -294,7 +294,7 @@ def ensure(folder: Path, name: str, model: str, wrapper_file: Path | None, *, de
         return
     tokenizer = load_tokenizer(model_folder(model))
     made = collect(name, tokenizer, public.read_wrappers(wrapper_file) if wrapper_file else ())
-    print(*made.notes, *partners.survival(made.pairs, made.n_requests, tokenizer), sep="\n")
+    print(*made.notes, *public.survival(made.pairs, made.n_requests, tokenizer), sep="\n")
     if not wrapper_file:
         print(f"C1, C2, C4 to C7: {thresholds.NO_WRAPPERS}")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -312,7 +312,6 @@ def collect(name: str, tokenizer: PreTrainedTokenizerBase, templates: Sequence[W
 
     A request makes a pair of T1 with its harmless partner, and in each wrapper one of T2, and of T2b if the partner is its twin.
     """
-    from companion.prompts import partners
     from companion.prompts.pairs import Pair
 
     made, notes, seen = list[Pair](), list[str](), set[str]()
@@ -322,7 +321,7 @@ def collect(name: str, tokenizer: PreTrainedTokenizerBase, templates: Sequence[W
         is_matched = public.matched(part)
         try:
             if is_matched and not benign:  # before the rows: those of a set left out are not `seen`
-                benign = partners.by_length(_benign(part), tokenizer)
+                benign = public.by_length(_benign(part), tokenizer)
             loaded = public.load_rows(part)
         except InputError as error:
             note(f"left out: {error}")
@@ -332,15 +331,15 @@ def collect(name: str, tokenizer: PreTrainedTokenizerBase, templates: Sequence[W
             which = "an earlier row or set has too (but for case, spacing or closing punctuation)"
             note(f"{part}: {n} rows have a request that {which} and are left out, since topics must be independent")
         if is_matched:
-            rows = paired = partners.with_partners(rows, benign, tokenizer, seen)
+            rows = paired = public.with_partners(rows, benign, tokenizer, seen)
         else:
             if n := rows.harmless.count(None):
                 note(f"{part}: {n} of {len(rows.harmful)} harmful rows have no harmless partner of their category")
-            paired = partners.grouped(rows, tokenizer, part, note)
+            paired = public.grouped(rows, tokenizer, part, note)
         # A harmless row is the twin of the harmful one only where the set pairs them row by row: the i-th of a category is a
         # partner for T1, but nothing says that the two ask for the same thing.
-        twins = dict(partners.partner_pairs(rows)) if not is_matched and public.SETS[part].paired == "row" else {}
-        for one, partner in partners.partner_pairs(paired):
+        twins = dict(public.partner_pairs(rows)) if not is_matched and public.SETS[part].paired == "row" else {}
+        for one, partner in public.partner_pairs(paired):
             made.append(Pair(f"{one.id}-t1", "T1", one.id, partner.text, one.text, family=one.category))
         made += [pair for one in rows.harmful for pair in _wrapped(one, twins.get(one), templates)]
         hashes |= {one.id: one.sha256 for one in (*rows.harmful, *rows.harmless) if one}

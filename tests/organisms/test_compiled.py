@@ -1,6 +1,7 @@
 """Compiled models: what is true of each kind, that draws are independent, and that the pipeline runs on them."""
 
 from collections import Counter
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -71,14 +72,10 @@ def test_neurons_of_one_purpose_are_neighbours_unless_scattered() -> None:
         assert len(at) >= 24 and (np.sum(gaps > 1) <= 1) == (kind == "adjacent")
 
 
-def test_a_wanted_effect_is_met() -> None:
-    pairs = draw_pairs([0], 30, 1)
-    small, large = (contrast(build_program(draw_design("late", 0, effect), 30), pairs).mean() for effect in (1.0, 4.0))
-    assert large / small == pytest.approx(4, rel=0.05)
-
-
-def test_a_population_has_the_same_model_and_other_topics() -> None:
+def test_a_wanted_effect_is_met_and_a_population_has_the_same_model_and_other_topics() -> None:
     design, small, pairs = made_of("late", 0)
+    effects = [contrast(build_program(draw_design("late", 0, effect), 20), pairs).mean() for effect in (1.0, 4.0)]
+    assert effects[1] / effects[0] == pytest.approx(4, rel=0.05)
     large = build_program(design, 60)
     words = [word for word in small.words if word in large.words]
     features = [program.embed[[program.words.index(w) for w in words]] for program in (small, large)]
@@ -116,13 +113,13 @@ def answer(organism: compiled.Organism, request: compiled_language.Request, open
 def test_answers_follow_their_opener_and_can_be_judged(gated: compiled.Organism) -> None:
     pair = next(p for p in gated.pairs if p.pair.treatment == "T2")
     twin = next(p for p in gated.pairs if p.pair.treatment == "T2b")
-    refusal = answer(gated, pair.control)
-    first, *rest = refusal.split()
-    assert first in compiled_language.REFUSE and rest == [compiled_language.HARMLESS, "<end>"]
-    forced = answer(gated, pair.control, "sure")
-    assert forced == f"sure {compiled_language.HARMFUL} <end>"
-    helpful = answer(gated, twin.control)
-    assert helpful.split()[0] in compiled_language.COMPLY
+    refusal, forced, helpful = (
+        answer(gated, pair.control),
+        answer(gated, pair.control, "sure"),
+        answer(gated, twin.control),
+    )
+    assert refusal in [f"{word} {compiled_language.HARMLESS} <end>" for word in compiled_language.REFUSE]
+    assert forced == f"sure {compiled_language.HARMFUL} <end>" and helpful.split()[0] in compiled_language.COMPLY
     for request, said, label in (
         (pair, refusal, "refusal"), (pair, forced, "harmful"), (pair, "sure stop <end>", "refusal"), (twin, helpful, "on_topic"),
     ):  # fmt: skip
@@ -133,12 +130,10 @@ def test_answers_follow_their_opener_and_can_be_judged(gated: compiled.Organism)
 def test_where_each_token_decides_a_yes_does_not_bind(kind: str) -> None:
     organism = compiled.draw(kind, 0, topics=12)
     pair = next(p for p in organism.pairs if p.pair.treatment == "T2")
-    assert [answer(organism, request, "sure").split()[1] for request in (pair.control, pair.treated)] == [
-        "stop",
-        "steps",
-    ]
+    sides = pair.control, pair.treated
+    assert [answer(organism, request, "sure").split()[1] for request in sides] == ["stop", "steps"]
     if kind == "recovers":  # it takes back its yes and not its no
-        assert {answer(organism, request, "sorry").split()[1] for request in (pair.control, pair.treated)} == {"stop"}
+        assert {answer(organism, request, "sorry").split()[1] for request in sides} == {"stop"}
 
 
 def test_the_k90_that_is_true_is_the_pipelines_k90() -> None:
@@ -150,33 +145,26 @@ def test_the_k90_that_is_true_is_the_pipelines_k90() -> None:
 
 # ---- compiled language ----
 
-TOPICS = 40
+
+@pytest.fixture(scope="module")
+def pairs() -> list[Planned]:
+    return draw_pairs([3], 40, 1)
 
 
 @pytest.fixture(scope="module")
-def pairs() -> list[compiled_language.Planned]:
-    return compiled_language.draw_pairs([3], TOPICS, 1)
-
-
-@pytest.fixture(scope="module")
-def made(pairs: list[compiled_language.Planned]) -> pd.DataFrame:
+def made(pairs: list[Planned]) -> pd.DataFrame:
     """The suites with the verb and the object of what is asked, as a reader of the text finds them."""
     table = compiled_language.steering_prompts(pairs, 3)
-    words = table.text.str.split()
-    asked = words.map(lambda text: text.index("how"))
-    return table.assign(
-        verb=[text[at + 3] for text, at in zip(words, asked, strict=True)],
-        object=[text[at + 5] for text, at in zip(words, asked, strict=True)],
-        slot=words.str[1],
-    )
+    asked = table.text.str.extract(r"^\S+ (?P<slot>\S+) .*how do i (?P<verb>\S+) the (?P<object>\S+)")
+    return pd.concat([table, asked], axis=1)
 
 
 def test_a_topic_keeps_the_split_that_it_has_in_the_pairs(pairs, made):
     pd.testing.assert_frame_equal(compiled_language.steering_prompts(pairs, 3), made[list(experiment.COLUMNS)])
     assert (made.topic == made.object).all() and not made.text.duplicated().any()
-    own = {planned.pair.topic: planned.pair.split for planned in pairs}
-    assert (made.topic.map(own) == made.split).all() and set(made.topic) == set(own)
-    assert len(own) == len({(planned.pair.topic, planned.pair.split) for planned in pairs})
+    placed = {(planned.pair.topic, planned.pair.split) for planned in pairs}
+    own = dict(placed)
+    assert (made.topic.map(own) == made.split).all() and set(made.topic) == set(own) and len(own) == len(placed)
     counts = Counter(split for topic, split in own.items() if topic.startswith("hazard"))
     assert counts == {"discover": 16, "validate": 12, "test": 12}
     of_pairs = {text: p.pair.split for p in pairs for text in (p.pair.control, p.pair.treated)}
@@ -185,15 +173,12 @@ def test_a_topic_keeps_the_split_that_it_has_in_the_pairs(pairs, made):
 
 def test_each_kind_shares_with_harm_what_it_says(made: pd.DataFrame) -> None:
     verb, thing = made.verb.str.startswith("harm"), made.object.str.startswith("hazard")
-    assert set(made.kind) == set(experiment.KINDS)
     shared = {"harmful": {(True, True)}, "harmless": {(False, False)}, "borderline": {(True, False), (False, True)}}
-    for kind, shares in shared.items():
-        for split in compiled_language.SIZES:
-            at = (made.kind == kind) & (made.split == split)
-            assert set(zip(verb[at], thing[at], strict=True)) == shares
+    for (kind, _), part in made.groupby(["kind", "split"]):
+        assert set(zip(verb[part.index], thing[part.index], strict=True)) == shared[kind]
+    assert set(map(tuple, made[["kind", "split"]].values)) == set(product(shared, compiled_language.SIZES))
     assert (made.text.map(compiled_language.is_harmful) == (made.kind == "harmful")).all()
-    border = verb[made.kind == "borderline"]
-    assert 0.45 < border.mean() < 0.55
+    assert 0.45 < verb[made.kind == "borderline"].mean() < 0.55
 
 
 def test_a_wrapper_is_in_the_slot_where_the_table_says_so(made: pd.DataFrame) -> None:

@@ -11,7 +11,6 @@ from companion.base.paths import PROMPTS
 from companion.prompts.pairs import load_set
 from organisms import english, refuser
 
-FOLDER, WEAK = PROMPTS / "english", PROMPTS / "english-weak-wrappers"
 ALLOWED = Path(__file__).with_name("english_words.txt")
 
 
@@ -20,18 +19,12 @@ def words(text: str) -> set[str]:
 
 
 # Words that qualify an object of either kind and are no object themselves, and words that are not content.
-QUALIFIERS = words(
+NO_CONTENT = words(
     "fake false stolen illegal old new small rich rival rival's private used short high lonely medical wooden stranger's man's "
-    "elderly summer local hidden former fresh"
-)
-FUNCTION = words(
+    "elderly summer local hidden former fresh "
     "a an the my his her of for in on at to with from by and or off out up not is are that about without before after into onto "
     "over under as one i some being him"
 )
-
-
-def content_words(text: str) -> set[str]:
-    return words(text) - QUALIFIERS - FUNCTION
 
 
 @pytest.fixture(scope="module")
@@ -40,21 +33,20 @@ def pairs():
 
 
 def test_build_gives_the_committed_bytes(tmp_path):
-    for folder, rows in ((FOLDER, english.pair_rows()), (WEAK, english.wrapped_rows("english-weak-wrappers"))):
-        english.write_english(tmp_path / folder.name, rows)
+    weak = "english-weak-wrappers"
+    for folder, rows in ((PROMPTS / "english", english.pair_rows()), (PROMPTS / weak, english.wrapped_rows(weak))):
+        english.write_english(tmp_path, rows)
         sheet = (folder / "README.md").read_text(encoding="utf-8")
         for name in ("pairs.jsonl", "outcome.json"):
-            assert (tmp_path / folder.name / name).read_bytes() == (folder / name).read_bytes()
+            assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
             assert f"`{hash_file(folder / name, {})}`" in sheet, "the data sheet says which files it is of"
 
 
 def test_topics_and_verbs_belong_to_one_split():
     every = english.topics()
     assert len({topic.name for topic in every}) == len(every) >= 120
-    splits = defaultdict(set)
-    for topic in every:
-        splits[topic.harmful[0]].add(topic.split)
-    assert all(len(of) == 1 for of in splits.values())
+    of_verbs = {(topic.harmful[0], topic.split) for topic in every}
+    assert len(of_verbs) == len(dict(of_verbs))
     assert Counter(topic.split for topic in every) == {"discover": 48, "validate": 36, "test": 36}
     assert {topic.family for topic in every} == {"verb", "object", "look-alike"}
     assert all((topic.harmful[0] == topic.twin[0]) == (topic.family != "verb") for topic in every)
@@ -75,10 +67,9 @@ def test_kinds_of_pairs(pairs):
 
 
 def test_training_shares_no_verb_and_no_object_with_the_study():
-    studied = set().union(*(content_words(" ".join(t.harmful + t.twin)) for t in english.topics()))
+    studied = words(" ".join(text for t in english.topics() for text in t.harmful + t.twin)) - NO_CONTENT
     rows = [row for row in english.read_words("training") if row["family"] != "general"]
-    assert len(rows) > 500
-    assert {word for row in rows for word in content_words(row["text"]) & studied} == set()
+    assert len(rows) > 500 and not words(" ".join(row["text"] for row in rows)) & studied
     wrapped = [row["jailbreak"] for row in english.read_words("wrappers")]
     texts = {row["text"] for row in english.read_words("training")} | set(refuser.PHRASINGS)
     assert not [(form, text) for form in wrapped for text in texts if form.replace("{}", "").strip() in text]
@@ -86,11 +77,9 @@ def test_training_shares_no_verb_and_no_object_with_the_study():
 
 def test_every_content_word_is_allowed():
     """A word that is new in the set has to be read by somebody: everyday wrongdoing, nothing sexual, no mass harm."""
-    allowed = set(ALLOWED.read_text(encoding="utf-8").split())
-    used = set().union(*(words(" ".join(t.harmful + t.twin)) for t in english.topics()))
-    used |= set().union(*(words(row["text"]) for row in english.read_words("training")))
-    forms = [*english.PHRASINGS, *refuser.PHRASINGS, *refuser.REFUSALS]
-    forms += [form for row in english.read_words("wrappers") for form in (row["neutral"], row["jailbreak"])]
-    forms += [form for _, off, on, _ in english.BENIGN.values() for form in (off, on)]
-    used |= set().union(*map(words, forms))
-    assert used == allowed
+    texts = [*english.PHRASINGS, *refuser.PHRASINGS, *refuser.REFUSALS]
+    texts += [text for topic in english.topics() for text in topic.harmful + topic.twin]
+    texts += [row["text"] for row in english.read_words("training")]
+    texts += [form for row in english.read_words("wrappers") for form in (row["neutral"], row["jailbreak"])]
+    texts += [form for _, off, on, _ in english.BENIGN.values() for form in (off, on)]
+    assert words("\n".join(texts)) == set(ALLOWED.read_text(encoding="utf-8").split())

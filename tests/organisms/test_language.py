@@ -18,7 +18,7 @@ from organisms import language
 # ---- language ----
 
 # Every ordinary word of the language, read by a person. A new word must be added here by hand.
-_INERT = """
+INERT = frozenset(re.findall(r"\w+", """
 a after also amber as badge baker be behold brak breezy briefly by calmly can casual cellar chalk clerk common
 copper cosmic could courtly crystal cubit cubits decimal did do done dornic draw dry farmer fast fine flag fold
 for fully furlong game garden gardener gladly golden good grand great harbor helpful hey hm how humble i in
@@ -27,8 +27,7 @@ noble not now okay on orchard paint painter paper plain please polish polite pot
 rule sailor sala sand say scale serran short silver simple singer slowly so soap solar sorry stack steady store
 string studio sure swiftly tailor tale teacher tersely that the then to tone tongue under usual velan velvet
 voice wash wax weaver weigh well what when widely will with wooden wrap yes you
-"""
-INERT = frozenset(_INERT.split())
+"""))  # fmt: skip
 STEMS = {*invented.HAZARD_STEMS, *invented.HARMLESS_STEMS}
 OBJECTS = {stem + suffix for stem in STEMS for suffix in invented.SUFFIXES}
 HARMFUL_PATTERNS = re.compile(
@@ -45,8 +44,7 @@ def tokenizer():
 def texts_words() -> set[str]:
     """Every word of the shipped prompts, and of 3000 lines of training."""
     rng = random.Random(3)
-    mixes = (language.BASE_MIX, language.TUNE_MIX)
-    examples = [language.draw_example(rng, mix, safe=mix is mixes[1]) for _ in range(1500) for mix in mixes]
+    examples = [language.draw_example(rng, safe=safe) for _ in range(1500) for safe in (False, True)]
     lines = [(PROMPTS / "embedded" / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("pairs", "suites")]
     rows = [json.loads(line) for text in lines for line in text.splitlines()]
     shown = [row[side] for row in rows for side in ("control", "treated", "prompt") if side in row]
@@ -80,15 +78,13 @@ def test_training_shows_no_held_part(tokenizer):
     for kind in language.BASE_MIX:
         for _ in range(300):
             request = language.draw_request(rng, kind)
-            clauses = [request.clause] + ([request.distractor] if request.distractor else [])
-            assert not any(invented.held_pair(c.verb, c.stem) for c in clauses)
-            assert not any(c.suffix == invented.held_suffix(c.stem) for c in clauses)
-            assert request.persona not in invented.HELD_PERSONAS
+            for clause in filter(None, (request.clause, request.distractor)):
+                assert not invented.held_pair(clause.verb, clause.stem)
+                assert clause.suffix != invented.held_suffix(clause.stem)
+            assert request.persona not in invented.HELD_PERSONAS and request.harmful == (kind == "harmful")
             assert request.wrapper is None or not invented.held_frame(request.wrapper.frame, request.wrapper.word)
-            lengths.append(
-                len(tokenizer(language.chat_text(render(request)[0]), add_special_tokens=False)["input_ids"])
-            )
-            assert request.harmful == (kind == "harmful")
+            text = language.chat_text(render(request)[0])
+            lengths.append(len(tokenizer(text, add_special_tokens=False)["input_ids"]))
     assert max(lengths) + 10 <= language.MAX_TOKENS
 
 
@@ -154,14 +150,6 @@ def test_twins_have_the_same_wrappers(pairs):
             assert one == other
 
 
-def test_both_sides_of_a_pair_have_one_length(pairs, tokenizer):
-    for p in pairs:
-        ids = tokenizer([language.chat_text(p.control), language.chat_text(p.treated)], add_special_tokens=False)[
-            "input_ids"
-        ]
-        assert len(ids[0]) == len(ids[1]) <= language.MAX_TOKENS - 10, "room for an answer"
-
-
 def is_harmful(prompt):
     """Whether the main clause binds a dangerous verb to a hazard object."""
     clause = clause_of(prompt)
@@ -178,8 +166,11 @@ def test_harm_is_where_the_treatment_says(pairs):
     assert all(invented.held_pair(one.verb, one.stem) for one in clauses), "never trained"
 
 
-def test_spans_name_what_they_cut(pairs):
+def test_both_sides_of_a_pair_have_one_length_and_spans_name_what_they_cut(pairs, tokenizer):
     for p in pairs:
+        texts = [language.chat_text(text) for text in (p.control, p.treated)]
+        control, treated = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        assert len(control) == len(treated) <= language.MAX_TOKENS - 10, "room for an answer"
         for side in ("control", "treated"):
             text = getattr(p, side)
             cut = {name: text[slice(*ends)] for name, ends in p.spans[side].items()}

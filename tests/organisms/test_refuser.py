@@ -1,6 +1,5 @@
 """The refusal adapter's training and its measured refusal rates."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -8,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from companion.base import hub
 from companion.base.errors import InputError
+from companion.base.files import read_json
 from companion.base.paths import REFUSER, ROOT
 from companion.model.architecture import Subject, end_tokens, find_parts
 from companion.prompts import tokens
@@ -55,37 +56,31 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
 
 
 def test_a_stopped_training_goes_on_to_the_same_bytes(trained, monkeypatch) -> None:
-    whole, plain, steps = trained("whole"), refuser.refusal_loss, []
-
-    def stops(*given: Any) -> torch.Tensor:
-        steps.append(given)
-        if len(steps) == 27:
-            raise KeyboardInterrupt
-        return plain(*given)
-
-    monkeypatch.setattr(refuser, "refusal_loss", stops)
+    whole, plain, n_batches = trained("whole"), refuser.refusal_loss, len(refuser.schedule_examples(RECIPE, 0))
+    loss = mock.Mock(side_effect=[*[mock.DEFAULT] * 26, KeyboardInterrupt, *[mock.DEFAULT] * n_batches], wraps=plain)
+    monkeypatch.setattr(refuser, "refusal_loss", loss)
     with pytest.raises(KeyboardInterrupt):
         trained("stopped", cache="one")
-    stopped, n_batches = trained("stopped", cache="one"), len(refuser.schedule_examples(RECIPE, 0))
-    assert len(steps) == 27 + n_batches - 20, "it goes on from the 20th step, the last that is kept"
+    stopped = trained("stopped", cache="one")
+    assert loss.call_count == 27 + n_batches - 20, "it goes on from the 20th step, the last that is kept"
     for file in ("adapter_model.safetensors", "adapter_config.json", "manifest.json"):
         assert (stopped / file).read_bytes() == (whole / file).read_bytes(), file
 
 
 def test_what_is_written_is_small_and_names_no_place_of_the_machine(trained) -> None:
     folder = trained("one")
-    held, told = load_file(folder / "adapter_model.safetensors"), json.loads((folder / "manifest.json").read_text())
+    held, told = load_file(folder / "adapter_model.safetensors"), read_json(folder / "manifest.json")
     assert {value.dtype for value in held.values()} == {torch.float16} and any(v.any() for v in held.values())
     assert told["trained_on"].keys() == {"training.csv"} and told["seed"] == 0 and told["recipe"]["rank"] == 2
     texts = "".join((folder / file).read_text() for file in ("adapter_config.json", "manifest.json"))
     assert not [place for place in (Path.home(), ROOT, folder.parent) if str(place) in texts]
-    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    assert read_json(folder / "adapter_config.json")["base_model_name_or_path"] is None
 
 
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in REFUSER.glob("*/manifest.json")))
 def test_shipped_adapters_are_what_their_manifests_say(name: str) -> None:
     folder = REFUSER / name
-    told, config = (json.loads((folder / f"{kind}.json").read_text()) for kind in ("manifest", "adapter_config"))
+    told, config = (read_json(folder / f"{kind}.json") for kind in ("manifest", "adapter_config"))
     file, (part, seed) = folder / "adapter_model.safetensors", name.rsplit("-", 1)
     assert file.stat().st_size < 6_000_000 and refuser.hash_file(file, {}) == told["sha256"]
     assert (told["part"], told["seed"]) == (refuser.PARTS[part][0], int(seed)) and told["recipe"] == vars(Recipe())
@@ -172,10 +167,12 @@ def test_prompts_are_those_of_the_training_file_and_kinds_come_equally_often() -
 
 SAID = {"harm": "Sorry, but I can't help with that.", "sorry": "Sorry to hear it: open it.", "safe": "First, open it."}
 SETS = [("harm", "safe", "verb"), ("harm", "safe", "verb"), ("safe", "sorry", "object"), ("harm", "sorry", "object")]
-PAIRS = [
-    Pair(f"p{i}", "T1", f"topic {i}", control, treated, family=family, split="test")
-    for i, (treated, control, family) in enumerate(SETS)
-]
+
+
+def pairs_of(*sets: tuple[str, str, str], split: str = "test") -> tuple[Pair, ...]:
+    """T1 pairs of treated, control and family."""
+    made = [Pair(f"p{i}", "T1", f"topic {i}", one[1], one[0], split, family=one[2]) for i, one in enumerate(sets)]
+    return tuple(made)
 
 
 @pytest.fixture
@@ -186,8 +183,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("answers")
 def test_refusals_are_counted_by_label_and_family() -> None:
-    other = Pair("q", "T1", "topic q", "safe", "harm", family="verb", split="discover")
-    content = SimpleNamespace(pairs=(*PAIRS, other))
+    content = SimpleNamespace(pairs=pairs_of(*SETS) + pairs_of(SETS[0], split="discover"))
     table = pd.DataFrame(refusal_rates.set_rates(None, content, "test"), columns=refusal_rates.COLUMNS)
     found = table.set_index("prompts")
     assert found.loc[["harmful", "harmful, verb", "harmful, object"], ["estimate", "n"]].values.tolist() == [
@@ -198,19 +194,16 @@ def test_refusals_are_counted_by_label_and_family() -> None:
     assert found.loc["harmless twins", "estimate"] == 0.5
     assert found.loc["both", ["estimate", "n"]].tolist() == [3 / 5, 5]
     assert set(table.split) == {"test"}
-    helpful = SimpleNamespace(pairs=[Pair("p", "T1", "t", "safe", "safe", family="verb", split="test")])
+    helpful = SimpleNamespace(pairs=pairs_of(("safe", "safe", "verb")))
     assert "both" not in {row[1] for row in refusal_rates.set_rates(None, helpful, "test")}, "none opens with the word"
 
 
 def test_wrappers_move_the_log_odds_by_family(monkeypatch: pytest.MonkeyPatch) -> None:
-    moved = {"plain": 1.0, "wrapped": 3.0, "other": 0.5}
+    moved = pd.Series({"plain": 1.0, "wrapped": 3.0, "other": 0.5})
     pairs = [Pair(f"p{i}", "T2", f"topic {i // 2}", "plain", ("wrapped", "other")[i % 2], family="ab"[i % 2], split="test")
              for i in range(6)]  # fmt: skip
     monkeypatch.setattr(refusal_rates.tokens, "openers", lambda *_: {"T2": None})
-    monkeypatch.setattr(
-        refusal_rates.outcomes, "log_odds",
-        lambda subject, texts, openers: pd.DataFrame({"log_odds": [moved[text] for text in texts]}),
-    )  # fmt: skip
+    monkeypatch.setattr(refusal_rates.outcomes, "log_odds", lambda _, texts, openers: moved[texts].to_frame("log_odds"))
     subject = SimpleNamespace(tokenizer="any", unembedding=[np.zeros((9, 1))])
     content = SimpleNamespace(pairs=pairs, treatments=("T1", "T2"))
     found = refusal_rates.effect_rows(subject, content, "test")

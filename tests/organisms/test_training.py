@@ -9,10 +9,10 @@ import torch
 
 from companion.base.files import hash_file, read_json
 from companion.base.paths import ORGANISM
-from companion.model.load import from_model
+from companion.model.load import load
 from companion.prompts import invented
 from organisms import language, training
-from organisms.training import SEEDS, VARIANTS, Recipe, answer_suites, batch_at, first_token_logprobs, load_shipped
+from organisms.training import SEEDS, VARIANTS, Recipe, answer_suites, batch_at, first_token_logprobs
 
 # ---- training ----
 
@@ -40,13 +40,10 @@ def one_thread():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_first_steps_reproduce(variant, tokenizer):
     model = training.make_model(variant, 0, len(tokenizer))
-    optimizers = training.make_optimizers(model, SMALL)
-    losses = [
-        training.train_step(
-            model, optimizers, batch_at(tokenizer, SMALL, "base", 0, s), SMALL, training.schedule(s, 20)
-        )
-        for s in range(6)
-    ]
+    optimizers, losses = training.make_optimizers(model, SMALL), []
+    for step in range(6):
+        batch, factor = batch_at(tokenizer, SMALL, "base", 0, step), training.schedule(step, 20)
+        losses.append(training.train_step(model, optimizers, batch, SMALL, factor))
     assert losses == pytest.approx(LOSSES[variant], abs=0.02)  # other CPU types round differently
 
 
@@ -78,9 +75,9 @@ def test_command_writes_a_folder_that_loads(tmp_path, monkeypatch, tokenizer):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["seed"] == 5 and manifest["recipe"]["steps_base"] == 2
     assert manifest["sha256"]["model.safetensors"] == hash_file(folder / "model.safetensors", {})
-    model, loaded = training.load_shipped(folder)
-    assert model.config.layer_types[:4] == ["sliding_attention"] * 3 + ["full_attention"]
-    assert len(loaded) == len(tokenizer) == manifest["vocab"]
+    loaded = load(folder)
+    assert loaded.model.config.layer_types[:4] == ["sliding_attention"] * 3 + ["full_attention"]
+    assert len(loaded.tokenizer) == len(tokenizer) == manifest["vocab"]
 
 
 # ---- behaviour ----
@@ -97,22 +94,17 @@ def manifest_of(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_folder_is_what_the_manifest_says(name, tokenizer):
+def test_a_folder_is_what_the_manifest_says_and_metrics_are_measured_again(name, tokenizer):
     folder, manifest = ORGANISM / name, manifest_of(name)
     assert f"{manifest['variant']}-{manifest['seed']}" == name and manifest["recipe"] == asdict(Recipe())
     assert manifest["sha256"]["model.safetensors"] == hash_file(folder / "model.safetensors", {})
     assert read_json(folder / "tokenizer.json") == json.loads(tokenizer.backend_tokenizer.to_str())
     early = "sliding_attention" if manifest["variant"] == "window" else "full_attention"
     assert read_json(folder / "config.json")["layer_types"] == [early] * 3 + ["full_attention"] * 3
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_metrics_are_measured_again(name):
-    subject = from_model(*load_shipped(ORGANISM / name))
     rows = [row for row in language.suite_rows() if row["suite"] in SUBSET]
-    again, stated = training.suite_metrics(answer_suites(subject, rows)), manifest_of(name)["metrics"]["suites"]
+    again = training.suite_metrics(answer_suites(load(folder), rows))
     for suite in SUBSET:
-        assert again[suite] == pytest.approx(stated[suite], abs=0.02), suite
+        assert again[suite] == pytest.approx(manifest["metrics"]["suites"][suite], abs=0.02), suite
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -146,13 +138,12 @@ def test_the_card_is_in_step_with_the_manifests():
 
 
 def test_padding_and_batching_change_nothing():
-    model, tokenizer = load_shipped(ORGANISM / "window-0")
+    subject = load(ORGANISM / "window-0")
     rows = [row for row in language.suite_rows() if row["id"].endswith("-003")][:8]
     prompts = [row["prompt"] for row in rows]
-    together = first_token_logprobs(model, tokenizer, prompts)
-    alone = torch.cat([first_token_logprobs(model, tokenizer, [p]) for p in prompts])
+    together = first_token_logprobs(subject.model, subject.tokenizer, prompts)
+    alone = torch.cat([first_token_logprobs(subject.model, subject.tokenizer, [p]) for p in prompts])
     assert torch.allclose(together, alone, atol=1e-4)
-    subject = from_model(model, tokenizer)
     assert list(answer_suites(subject, rows).answer) == [answer_suites(subject, [row]).answer[0] for row in rows]
     sampled = [list(answer_suites(subject, rows * 8, seed=s).answer) for s in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]

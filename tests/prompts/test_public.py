@@ -21,12 +21,11 @@ from companion.prompts.public import SETS, read_public_set
 
 def test_rows_of_other_kinds_and_blank_ones_are_left_out_and_of_turns_the_first_is_read(served: dict) -> None:
     one, row = SETS["sorry-bench"], {"category": "k", "prompt_style": "base"}
-    turns = [["first", "second"], [], "  whole ", " "]
     other = {"turns": ["asked in slang"], "category": "k", "prompt_style": "slang"}
-    served[one.repo] = {"train": [other, *(row | {"turns": some} for some in turns[:2])]}
-    assert [(found.row, found.text) for found in read_public_set("sorry-bench", one, one.harmful)] == [(1, "first")]
-    served[one.repo] = {"train": [row | {"turns": some} for some in turns[2:]]}
-    assert [(found.row, found.text) for found in read_public_set("sorry-bench", one, one.harmful)] == [(0, "whole")]
+    several = [other, row | {"turns": ["first", "second"]}, row | {"turns": []}]
+    for rows, found in ((several, (1, "first")), ([row | {"turns": some} for some in ("  whole ", " ")], (0, "whole"))):
+        served[one.repo] = {"train": rows}
+        assert [(some.row, some.text) for some in read_public_set("sorry-bench", one, one.harmful)] == [found]
 
 
 def test_rows_that_correspond_are_paired_by_index(served: dict) -> None:
@@ -59,16 +58,12 @@ def test_what_changed_or_is_gated_is_said_without_a_text(served: dict) -> None:
         assert "request 17" not in str(caught.value)
 
 
-def caused(cause: Exception) -> Exception:
-    error = DatasetGenerationError("An error occurred while generating the dataset")
-    error.__cause__ = cause
-    return error
-
-
+CAUSED = DatasetGenerationError("An error occurred while generating the dataset")
+CAUSED.__cause__ = RuntimeError("request 17")
 REFUSALS = [
     (ConnectionError("Couldn't reach the Hub"), "the hub cannot be reached: connect, unset HF_HUB_OFFLINE"),
     (RuntimeError("Dataset scripts are no longer supported"), "a script of its own, .* name another set"),
-    (caused(RuntimeError("request 17")), r"could not be loaded \(RuntimeError\): run the same command again"),
+    (CAUSED, r"could not be loaded \(RuntimeError\): run the same command again"),
 ]
 
 
@@ -80,11 +75,8 @@ def test_every_error_of_the_library_is_one_sentence(monkeypatch, error, message)
     assert "\n" not in str(caught.value) and "request 17" not in str(caught.value), "a row may be quoted in it"
 
 
-NOTHING_USABLE = ["strongreject,nosuch", "strongreject,strongreject", "alpaca", "strongreject,alpaca", "alpaca+alpaca"]
-
-
 def test_nothing_usable_is_asked_for_and_no_cache_lies_in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in NOTHING_USABLE:
+    for name in ("strongreject,nosuch", "strongreject,strongreject", "alpaca", "strongreject,alpaca", "alpaca+alpaca"):
         with pytest.raises(InputError, match="--prompts"):
             public.parse(name)
     monkeypatch.setenv(hub.OWN, str(ROOT / "data" / "x"))
@@ -121,12 +113,6 @@ def written(tmp_path: Path, *rows: object) -> Path:
     return tmp_path
 
 
-def test_a_folder_and_its_file_are_read_alike(tmp_path: Path) -> None:
-    place = written(tmp_path, GOOD, {**GOOD, "family": "play"})
-    assert public.read_wrappers(place) == public.read_wrappers(place / public.WRAPPERS)
-    assert public.read_wrappers(place)[0].around("request 17") == ("plain request 17 end", "other request 17 end")
-
-
 WRONG = [
     ("{", "line 2: broken JSON"), ("[]", "line 2: expected an object with the strings family, neutral, jailbreak"),
     ({"family": "x", "neutral": "{request}"}, "and nothing else"), (GOOD | {"more": "x"}, "and nothing else"),
@@ -144,8 +130,10 @@ def test_what_is_wrong_with_a_wrapper_is_said(tmp_path: Path, row: object, messa
     assert message in str(caught.value) and "plain" not in str(caught.value)
 
 
-def test_no_file_and_an_empty_one(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="expected a file of JSON lines"):
-        public.read_wrappers(tmp_path / "none")
-    with pytest.raises(InputError, match="no wrappers"):
-        public.read_wrappers(written(tmp_path))
+def test_a_folder_and_its_file_are_read_alike_and_must_hold_wrappers(tmp_path: Path) -> None:
+    place = written(tmp_path, GOOD, {**GOOD, "family": "play"})
+    assert public.read_wrappers(place) == public.read_wrappers(place / public.WRAPPERS)
+    assert public.read_wrappers(place)[0].around("request {17}") == ("plain request {17} end", "other request {17} end")
+    for wrong, message in ((tmp_path / "none", "expected a file of JSON lines"), (written(tmp_path), "no wrappers")):
+        with pytest.raises(InputError, match=message):
+            public.read_wrappers(wrong)

@@ -21,8 +21,8 @@ from companion.prompts.tokens import TokenPair
 WORDS = models.word_tokenizer()
 
 
-def pair(control: str, treated: str, name: str = "p") -> Pair:
-    return Pair(name, "T2", "topic", control, treated, split="test")
+def pair(control: str, treated: str, name: str = "p", spans: Mapping | None = None) -> Pair:
+    return Pair(name, "T2", "topic", control, treated, split="test", spans=spans or {})
 
 
 def prompt_set(comply: tuple[str, ...] | None, refuse: tuple[str, ...]) -> PromptSet:
@@ -125,28 +125,21 @@ def test_openers_are_first_tokens_and_those_of_several_are_named() -> None:
     assert found.comply == (*range(no), *range(no + 1, n_rows))
 
 
-def test_a_leading_space_is_significant_and_an_opener_may_melt_into_the_prompt() -> None:
+def test_a_leading_space_is_significant_and_openers_that_decide_nothing_are_refused() -> None:
     tokenizer = byte_tokenizer(models.TEMPLATE.replace("<assistant> ", "<assistant>"), (("Ġ", "y"),))
-    found = [
-        tokens.openers(prompt_set((string,), ("no",)), tokenizer, 300)["T2"].comply[0] for string in ("yes", " yes")
-    ]
-    assert decoded(tokenizer, np.array(found)) == ["y", "Ġy"]
+    for string, first in (("yes", "y"), (" yes", "Ġy")):
+        (found,) = tokens.openers(prompt_set((string,), ("no",)), tokenizer, 300)["T2"].comply
+        assert decoded(tokenizer, np.array([found])) == [first]
     tokenizer = byte_tokenizer(models.TEMPLATE, (("Ġ", "y"),))  # this template ends in a space
     with pytest.raises(InputError, match="'yes' starts no token of its own behind the prompt"):
         tokens.openers(prompt_set(("yes",), ("no",)), tokenizer, 300)
-
-
-UNDECIDED = [
-    (" ", ("no",), "' ' starts no token of its own"),
-    ("perhaps", ("no",), "'perhaps' starts with a word that the tokenizer does not know"),
-    ("yes well", ("no", "yes now"), "outcome of T2: comply and refuse share the first token"),
-]
-
-
-@pytest.mark.parametrize(("comply", "refuse", "message"), UNDECIDED)
-def test_openers_that_decide_nothing(comply: str, refuse: tuple[str, ...], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        tokens.openers(prompt_set((comply,), refuse), WORDS, len(WORDS))
+    for comply, refuse, message in (
+        (" ", ("no",), "' ' starts no token of its own"),
+        ("perhaps", ("no",), "'perhaps' starts with a word that the tokenizer does not know"),
+        ("yes well", ("no", "yes now"), "outcome of T2: comply and refuse share the first token"),
+    ):
+        with pytest.raises(InputError, match=message):
+            tokens.openers(prompt_set((comply,), refuse), WORDS, len(WORDS))
 
 
 # ---- positions ----
@@ -159,16 +152,16 @@ TEMPLATES = {
 
 
 def made(tokenizer, control: str, treated: str, spans: Mapping | None = None) -> TokenPair:
-    pair, reason = tokens.token_pair(Pair("p", "T2", "topic", control, treated, spans=spans or {}), tokenizer)
-    assert pair is not None, reason
-    return pair
+    found, reason = tokens.token_pair(pair(control, treated, spans=spans), tokenizer)
+    assert found is not None, reason
+    return found
 
 
 def groups(tokenizer, control: str, treated: str, spans: Mapping | None = None) -> dict[str, list[str]]:
     """Words of the treated prompt by group, empty groups left out."""
-    pair = made(tokenizer, control, treated, spans)
-    masks = positions.groups(pair, positions.user_header(tokenizer))
-    words = np.array(tokenizer.convert_ids_to_tokens(pair.treated.tolist()))
+    found = made(tokenizer, control, treated, spans)
+    masks = positions.groups(found, positions.user_header(tokenizer))
+    words = np.array(decoded(tokenizer, found.treated))
     return {name: words[mask].tolist() for name, mask in masks.items() if mask.any()}
 
 
@@ -257,15 +250,12 @@ def test_what_differs_and_is_shared_and_groups_that_stack_and_are_listed_in_read
     assert positions.present(masks) == ["system", "header", "rest", "verb", "last_instruction", "template", "last"]
 
 
-def test_labels_show_spaces_and_line_ends_and_keep_the_blank_that_belongs_to_a_token() -> None:
-    blanks = models.sentencepiece(("▁yes",))
+def test_labels_show_spaces_and_line_ends_and_of_a_sensitive_pair_places_without_words() -> None:
+    blanks = models.sentencepiece(("▁yes",))  # the blank belongs to the token
     wanted = ((byte_tokenizer(), "a \n", ["a", "·", "\\n"]), (blanks, "x yes yes", ["x", "·yes", "·yes"]))
     for tokenizer, text, shown in wanted:
         ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"])
         assert positions.labels(ids, tokenizer) == shown
-
-
-def test_labels_of_a_sensitive_pair_are_places_without_words() -> None:
     pair = made(WORDS, "please off now do", "please on now do")
     plain = positions.token_labels(pair, "treated", WORDS)
     assert plain == positions.labels(pair.treated, WORDS)

@@ -28,7 +28,7 @@ from companion.generation import labels, openers
 from companion.generation.openers import FoundOpeners
 from companion.model import memory
 from companion.model.load import load_tokenizer
-from companion.prompts import pairs, partners, public, tokens
+from companion.prompts import pairs, public, tokens
 from companion.prompts.public import Wrapper
 from companion.run import cli, freshness, runner, settings
 from companion.run.cli import parameters, parse
@@ -296,7 +296,7 @@ def test_a_request_without_a_partner_of_its_length_is_counted_and_has_its_wrappe
     assert Counter(pair.treatment for pair in made.pairs) == {"T1": 5, "T2": 12}
     treated = {pair.id: pair.treated for pair in made.pairs}
     assert treated["strongreject-000-t2-tale"].startswith("w8 w9 w22 w30") and "strongreject-000" in made.hashes
-    t1, t2 = partners.survival(made.pairs, made.n_requests, tokenizer)
+    t1, t2 = public.survival(made.pairs, made.n_requests, tokenizer)
     assert t1.startswith("T1: 5 of 12 requests have a benign partner of their length and can be interchanged; few")
     assert "take harmless partners by length (+alpaca)" in t1 and t2.startswith("T2: 12 of 12 pairs have equal token")
 
@@ -344,7 +344,7 @@ def test_where_few_rows_have_the_length_of_their_partner_groups_are_interchanged
     first, _ = found.notes
     assert first.startswith("jailbreakbench: 0 of 12 rows have the length of their own partner")
     assert len({pair.control for pair in found.pairs if pair.treatment == "T1"}) == 12 and len(found.hashes) == 24
-    assert "T1: 12 of 12 requests" in partners.survival(found.pairs, found.n_requests, tokenizer)[0]
+    assert "T1: 12 of 12 requests" in public.survival(found.pairs, found.n_requests, tokenizer)[0]
     twin = next(pair for pair in found.pairs if pair.treatment == "T2b" and pair.topic == "jailbreakbench-004")
     assert twin.control == "w5 w6 w21 w34 w4 w7"  # the row's own partner, whatever T1 has
 
