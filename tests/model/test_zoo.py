@@ -3,7 +3,6 @@ of the real model with an adapter is that of one full forward pass of the plain 
 """
 
 import os
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -170,14 +169,6 @@ def fetched() -> None:
         pytest.skip(str(error))
 
 
-def of_one_length(pairs: Sequence[TokenPair], treatment: str, n: int) -> list[TokenPair]:
-    """Some pairs of a treatment, of the shortest length that enough of them have, no two of a topic."""
-    found = list({p.pair.topic + str(len(p.control)): p for p in pairs if p.pair.treatment == treatment}.values())
-    counts = Counter(len(pair.control) for pair in found)
-    length = min(length for length, count in counts.items() if count >= n)
-    return [pair for pair in found if len(pair.control) == length][:n]
-
-
 def plain_effects(
     model: nn.Module, pairs: Sequence[TokenPair], openers: Openers, wanted: Sequence[Mediator]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,7 +212,8 @@ def test_every_effect_of_smollm2_is_that_of_plain_forward_passes(fetched, dtype:
     )
     with true_float64(subject.model) if dtype == "float64" else nullcontext():
         for treatment, some in layers.items():
-            chosen, used = of_one_length(pairs, treatment, n), camps[treatment]
+            groups = (group for group in estimands.batches(pairs, size=n) if group[0].pair.treatment == treatment)
+            chosen, used = next(group for group in groups if len(group) == n), camps[treatment]
             assert used.rest and len(used.comply) == 49151
             wanted = [Mediator(site, layer) for site in ("resid_post", "attn_out", "mlp_out") for layer in some]
             table = estimands.measure_effects(subject, chosen, camps, wanted)
