@@ -9,8 +9,9 @@ from __future__ import annotations
 import timeit
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -112,10 +113,13 @@ def vocabulary_blocks(subject: Subject, n: int, each: int) -> list[slice]:
     return [slice(start, min(n, start + step)) for start in range(0, n, step)]
 
 
-def in_chunks(
-    stretches: Sequence[Stretch], end: int, budget: int, run: Callable[[Sequence[Stretch]], Tensor]
-) -> Iterator[tuple[Sequence[Stretch], Tensor]]:
-    """Runs all stretches, chunk by chunk; a chunk that does not fit into memory is cut in halves, and that is recorded."""
+def fill_in_chunks(
+    found: Tensor, stretches: Sequence[Stretch], end: int, budget: int, run: Callable[[Sequence[Stretch]], Tensor]
+) -> None:
+    """Writes what `run` makes of a chunk of stretches into their slots of `found` (pair, slot, ...), for all of them.
+
+    A chunk that does not fit into memory is cut in halves, and that is recorded.
+    """
     waiting = _cut(stretches, end, budget)[::-1]
     bar = progress(range(len(stretches)), desc="interventions")
     while waiting:
@@ -132,7 +136,7 @@ def in_chunks(
             half = (len(chunk) + 1) // 2
             waiting += [chunk[half:], chunk[:half]]
             continue
-        yield chunk, made
+        found[:, [stretch.slot for stretch in chunk]] = made
         for _ in chunk:
             next(bar)
     next(bar, None)
@@ -273,13 +277,12 @@ def placement(shapes: Subject, device: torch.device, copies: float | None = None
 
 def name_places(shapes: Subject, places: Sequence[str], device: str) -> dict[str, str]:
     """Modules by name, each with its place: the first layers lie at `places`, all else on `device`."""
-    layers = [parts.block for parts in shapes.layers]
-    own = dict(zip(map(id, layers), (*places, *[device] * len(layers)), strict=False))
+    own = dict(zip_longest((parts.block for parts in shapes.layers), places, fillvalue=device))
     found: dict[str, str] = {}
     for name, module in shapes.model.named_modules():
         is_inside = name.startswith(tuple(f"{above}." for above in found))
-        if id(module) in own or not (is_inside or any(module.children())):
-            found[name] = own.get(id(module), device)
+        if module in own or not (is_inside or any(module.children())):
+            found[name] = own.get(module, device)
     return found
 
 

@@ -49,7 +49,7 @@ from companion.model.interventions import (
     values_at,
     written,
 )
-from companion.model.memory import in_chunks, token_budget
+from companion.model.memory import fill_in_chunks, token_budget
 from companion.model.readout import read_positions
 
 Patches = Sequence[Patch | Sequence[Patch]]
@@ -73,8 +73,7 @@ def interchange(
     unchanged = readout(clean[:, None])
     result = unchanged.expand(-1, len(variants), *unchanged.shape[2:]).clone()
     budget = token_budget(subject, base.tokens.shape[1])
-    for chunk, made in in_chunks(stretches, end, budget, lambda c: readout(sweep(runs, c, positions))):
-        result[:, [stretch.slot for stretch in chunk]] = made
+    fill_in_chunks(result, stretches, end, budget, lambda chunk: readout(sweep(runs, chunk, positions)))
     return result
 
 
@@ -167,8 +166,7 @@ def each_neuron(
             resid = replay_layer(subject, base, above, resid, layout)
         return readout(resid)
 
-    for chunk, made in in_chunks(stretches, end, token_budget(subject, end), climb):
-        found[:, [stretch.slot for stretch in chunk]] = made
+    fill_in_chunks(found, stretches, end, token_budget(subject, end), climb)
     return found
 
 
