@@ -20,9 +20,10 @@ SITES = ("resid_post", "attn_out", "mlp_out", "head", "neuron")
 
 @dataclass(frozen=True)
 class Patch:
-    """Set one site of one layer at some positions: heads or neurons by `index`, which is None for the other sites.
+    """Set one site of one layer at some positions, which may differ between pairs.
 
-    `value`, broadcastable to (pair, pos, width), is what is written; None takes the source run's own activation.
+    `index` names the head or neuron (several: set together) and is None for the other sites. `value`, broadcastable to
+    (pair, pos, width), is what is written; None takes the source run's own activation.
     """
 
     site: str

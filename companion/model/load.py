@@ -80,10 +80,7 @@ def load(
 def from_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str = "in-memory"
 ) -> Subject:
-    """A model that is already in memory, put into evaluation mode without gradients, and checked.
-
-    Raises InputError for sites that are not what their names say, and a model that the grid cannot replay exactly.
-    """
+    """A model that is already in memory, put into evaluation mode without gradients, and checked; raises as `verify` does."""
     return _checked(find_parts(model.eval().requires_grad_(False), tokenizer, name))
 
 
@@ -240,7 +237,7 @@ def fetch_model(name: str, before_weights: Callable[[Path], object] = lambda fol
     hub_id = hub.parse(name)
     assert hub_id is not None, "the caller has parsed it"
     cached, info = hub.snapshot(hub_id), None
-    cached = cached if cached and hub.is_complete(cached) else None
+    cached = cached if cached is not None and hub.is_complete(cached) else None
     if cached is None or not hub_id.is_pinned:
         try:
             api = huggingface_hub.HfApi()
