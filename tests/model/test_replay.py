@@ -19,14 +19,20 @@ from companion.model.load import from_model
 
 # ---- replay ----
 
-EXACT = [(torch.float64, None, 1e-10), (torch.float64, "eager", 1e-10), (torch.float32, None, 1e-5)]
+# The last two as the library is: its norms cast to float32.
+EXACT = [
+    (torch.float64, None, 1e-10),
+    (torch.float64, "eager", 1e-10),
+    (torch.float64, None, 1e-5),
+    (torch.float32, None, 1e-5),
+]
 
 
 @pytest.mark.parametrize(("dtype", "attention", "bound"), EXACT)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_exact_up_to_rounding(family, dtype, attention, bound) -> None:
     subject = tiny_subject(family, dtype, attention)
-    with true_float64(subject.model) if dtype == torch.float64 else nullcontext():
+    with true_float64(subject.model) if bound < 1e-9 else nullcontext():
         assert worst(subject, runs(subject), every_patch(), read=(-1, 4)) < bound
 
 
@@ -266,10 +272,11 @@ def test_what_is_not_live_changes_no_bit_of_an_answer_and_what_is_does(family: s
 # ---- readout ----
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_log_probabilities_are_the_librarys(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_and_log_probabilities_are_the_librarys(family, dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readout, "VOCABULARY_BLOCK", 7)
-    subject, rows = tiny_subject(family, torch.float64), torch.tensor([3, 60, 4])
+    subject, rows = tiny_subject(family, dtype), torch.tensor([3, 60, 4])
     base, source = runs(subject)
     own, other = base.resid_post[3], source.resid_post[3]
     plain = subject.model(base.tokens).logits
@@ -278,7 +285,7 @@ def test_logits_and_log_probabilities_are_the_librarys(family: str, monkeypatch:
     frozen, foreign = (readout.logits(subject, resid, rows, norm_like=own) for resid in (own, other))
     torch.testing.assert_close(frozen, plain[..., rows], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(foreign, readout.logits(subject, other, rows), atol=1e-3)
-    for factor in (1, 1000):
+    for factor in (1, 1000) if dtype == torch.float64 else ():
         with torch.no_grad():
             subject.unembed.weight.mul_(factor)
         for resid in (own, other):

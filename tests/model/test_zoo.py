@@ -212,7 +212,10 @@ def test_every_effect_of_smollm2_is_that_of_plain_forward_passes(fetched, dtype:
     )
     with true_float64(subject.model) if dtype == "float64" else nullcontext():
         for treatment, some in layers.items():
-            groups = (group for group in estimands.batches(pairs, size=n) if group[0].pair.treatment == treatment)
+            kinds = {
+                (p.pair.topic, len(p.control)): p for p in pairs if p.pair.treatment == treatment
+            }  # no two of a topic
+            groups = estimands.batches(list(kinds.values()), size=n)  # the shortest first
             chosen, used = next(group for group in groups if len(group) == n), camps[treatment]
             assert used.rest and len(used.comply) == 49151
             wanted = [Mediator(site, layer) for site in ("resid_post", "attn_out", "mlp_out") for layer in some]
