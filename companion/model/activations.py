@@ -1,11 +1,9 @@
 """A clean run: one forward pass of the plain library model, with every site and every layer's call kept.
 
-Sites are named once for the whole companion: `resid_post` (the residual stream after a block), `attn_out` and
-`mlp_out` (what a block writes into it, after a post-norm where the family has one), `head` (one head's slice of the
-output projection's input, `z`) and `neuron` (one entry of the down projection's input, `neurons`).
-
-A chat template opens every prompt with the same tokens. What those compute hangs on nothing behind them, so the library's own
-layers compute them for one row and the rest for all rows (`shared_prefix`, `prefix_once`), which is exact.
+Sites are named once for the whole companion: `resid_post` (the residual stream after a block), `attn_out` and `mlp_out` (what
+a block writes into it, after a post-norm where the family has one), `head` (one head's slice of the output projection's input,
+`z`) and `neuron` (one entry of the down projection's input, `neurons`). The tokens with which a chat template opens every
+prompt hang on nothing behind them: layers compute them for one row (`shared_prefix`, `prefix_once`), which is exact.
 """
 
 from __future__ import annotations
@@ -71,11 +69,9 @@ class CleanRun:
         return self._changed(lambda *both: torch.cat(both), other)
 
     def _changed(self, change: Callable[..., Tensor], *others: CleanRun) -> CleanRun:
-        """What has a row for each pair is changed; what all pairs share stays."""
-
         def changed(own: Any, *theirs: Any) -> Any:
             has_rows = isinstance(own, Tensor) and own.ndim > 1 and len(own) == len(self.tokens)
-            return change(own, *theirs) if has_rows else own
+            return change(own, *theirs) if has_rows else own  # what all pairs share stays
 
         return CleanRun(**tree_map(changed, vars(self), *map(vars, others)))
 
@@ -102,11 +98,10 @@ def clean_run(
         raise InputError(
             "the model returns NaN or infinity: broken weights, or an overflow in half precision (then use float32)"
         )
-    if n:
-        for name in ("attn_out", "mlp_out", "z", "neurons"):  # prefix and rest by turns
-            seen[name] = list(map(_behind, seen[name][::2], seen[name][1::2]))
+    for name in ("attn_out", "mlp_out", "z", "neurons") if n else ():  # of which hooks saw prefix and rest by turns
+        seen[name] = list(map(_behind, seen[name][::2], seen[name][1::2]))
     if "cache" in keep:
-        seen |= {"keys": [layer.keys for layer in cache.layers], "values": [layer.values for layer in cache.layers]}
+        seen |= {name: [getattr(layer, name) for layer in cache.layers] for name in ("keys", "values")}
     return CleanRun(tokens, **{name: tuple(layers) for name, layers in seen.items()})
 
 
@@ -193,7 +188,7 @@ class _Gathered:
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Called by the library's attention after the rotary embedding, first for the prefix and then for the rest."""
         if self.parts is not None:
-            keys, values = _behind(self.parts[0], keys), _behind(self.parts[1], values)
+            keys, values = map(_behind, self.parts, (keys, values))
         self.parts = keys, values
         return keys, values
 
@@ -257,14 +252,11 @@ def _recording(subject: Subject, wanted: Sequence[str]) -> Iterator[dict[str, li
     with ExitStack() as stack:
         for parts in subject.layers:
             hooks: list[tuple[str, str, Any, nn.Module | None]] = [
-                ("cache", "calls", on_call, parts.block),
-                ("resid", "resid_pre", on_input, parts.block),
-                ("resid", "resid_post", on_output, parts.block),
-                ("attn_out", "attn_out", on_output, parts.attn_write),
-                ("mlp_out", "mlp_out", on_output, parts.mlp_write),
-                ("z", "z", on_input, parts.o_proj),
+                ("cache", "calls", on_call, parts.block), ("resid", "resid_pre", on_input, parts.block),
+                ("resid", "resid_post", on_output, parts.block), ("attn_out", "attn_out", on_output, parts.attn_write),
+                ("mlp_out", "mlp_out", on_output, parts.mlp_write), ("z", "z", on_input, parts.o_proj),
                 ("neurons", "neurons", on_input, parts.down_proj),
-            ]
+            ]  # fmt: skip
             for kept, name, hook, module in hooks:
                 if kept in wanted and module is not None:
                     stack.enter_context(hook(module, seen[name].append))

@@ -1,11 +1,9 @@
-"""The named parts of a causal language model, found by structure and not by family; also where they lie.
+"""The named parts of a causal language model: every family is the same drawing, in which only attribute names differ.
 
-A decoder-only model is the same drawing in every family; only attribute names differ. `find_parts` follows those names, and
-`companion.model.verify` decides by arithmetic whether what it found is right.
-
-A model may lie over several GPUs, or partly in the processor's memory (`companion.model.memory.placement`). A layer on another
-GPU is computed there, one projection or norm at a time: activations travel to it and back, so that everything that
-interventions read and write is on the first GPU. Weights that wait in the processor's memory come for each call instead.
+`find_parts` follows those names, and `companion.model.verify` decides by arithmetic whether what it found is right. A model may
+lie over several GPUs, or partly in the processor's memory (`memory.placement`). A layer on another GPU is computed there, one
+projection or norm at a time: activations travel to it and back, so that all that interventions read and write is on the first
+GPU. Weights that wait in the processor's memory come for each call instead.
 """
 
 from __future__ import annotations
@@ -75,10 +73,7 @@ class LayerParts:
 
 @dataclass(frozen=True)
 class Subject:
-    """A language model: the library's own modules by name, its sizes, and the sha256 of its weights.
-
-    `facts` is what the load check found; None for a model that was not checked.
-    """
+    """A language model: the library's own modules by name, its sizes, the sha256 of its weights; `facts` if it was checked."""
 
     name: str
     model: PreTrainedModel
@@ -111,9 +106,7 @@ class Subject:
     @property
     def unembedding(self) -> tuple[Float[Tensor, "row d"], Float[Tensor, "row"] | None]:
         """Weight and bias (None in most families) of the map from residual stream to logits."""
-        weight, bias = self.unembed.weight, getattr(self.unembed, "bias", None)
-        assert isinstance(weight, Tensor)
-        return weight, bias
+        return self.unembed.get_parameter("weight"), getattr(self.unembed, "bias", None)
 
     @property
     def soft_cap(self) -> float | None:
@@ -131,22 +124,14 @@ def find_parts(
             f"{type(model).__name__} has no unembedding, so it is not a causal language model; "
             "load a model of class ...ForCausalLM or ...LMHeadModel"
         )
-    decoder = _part(model, ("model", "transformer"))
-    layers = tuple(map(_layer_parts, _part(decoder, ("layers", "h"))))
+    decoder = _part(model, "model", "transformer")
+    layers = tuple(map(_layer_parts, _part(decoder, "layers", "h")))
     return Subject(
-        name=name,
-        model=model,
-        tokenizer=tokenizer,
-        layers=layers,
-        final_norm=_part(decoder, ("norm", "ln_f")),
-        unembed=unembed,
-        n_layers=len(layers),
-        n_heads=int(model.config.num_attention_heads),
-        d_model=int(model.config.hidden_size),
+        name, model, tokenizer, layers, final_norm=_part(decoder, "norm", "ln_f"), unembed=unembed,
+        n_layers=len(layers), n_heads=int(model.config.num_attention_heads), d_model=int(model.config.hidden_size),
         d_mlp=0 if layers[0].down_proj is None else written_vectors(layers[0].down_proj).shape[0],
-        post_norm=layers[0].attn_post is not None,
-        sha256=sha256 or hash_tensors(model),
-    )
+        post_norm=layers[0].attn_post is not None, sha256=sha256 or hash_tensors(model),
+    )  # fmt: skip
 
 
 def end_tokens(subject: Subject) -> dict[int, tuple[str, ...]]:
@@ -202,26 +187,17 @@ def hash_files(files: Iterable[Path]) -> str:
 
 
 def _layer_parts(block: nn.Module) -> LayerParts:
-    attn = _part(block, ("self_attn", "attn"))
-    mlp = _part(block, ("mlp",))
+    attn, mlp = _part(block, "self_attn", "attn"), _part(block, "mlp")
     # Gemma and OLMo 2 normalise what attention and MLP write; elsewhere `post_attention_layernorm` stands before the MLP.
-    is_post = hasattr(block, "post_feedforward_layernorm")
-    names = (("post_attention_layernorm",), ("post_feedforward_layernorm",))
-    attn_post, mlp_post = (_part(block, name) if is_post else None for name in names)
+    posts = ("post_attention_layernorm", "post_feedforward_layernorm")
+    attn_post, mlp_post = (_part(block, name) if hasattr(block, posts[1]) else None for name in posts)
     return LayerParts(
-        block=block,
-        attn=attn,
-        o_proj=_part(attn, ("o_proj", "c_proj")),
-        mlp=mlp,
-        down_proj=getattr(mlp, "down_proj", getattr(mlp, "c_proj", None)),
-        attn_post=attn_post,
-        mlp_post=mlp_post,
-        attn_write=attn if attn_post is None else attn_post,
-        mlp_write=mlp if mlp_post is None else mlp_post,
-    )
+        block, attn, _part(attn, "o_proj", "c_proj"), mlp, getattr(mlp, "down_proj", getattr(mlp, "c_proj", None)),
+        attn_post, mlp_post, attn_write=attn_post or attn, mlp_write=mlp_post or mlp,
+    )  # fmt: skip
 
 
-def _part(parent: nn.Module, names: tuple[str, ...]) -> Any:
+def _part(parent: nn.Module, *names: str) -> Any:
     for name in names:
         if isinstance(getattr(parent, name, None), nn.Module):
             return getattr(parent, name)

@@ -1,7 +1,4 @@
-"""Interventions: a site, a layer, positions, and the value written there; and what they do inside their own layer.
-
-A single patch gives the edited residual stream above its layer; joint interventions set hooks while their layers run.
-"""
+"""Interventions: a site, a layer, positions, and the value written there; and what they do inside their own layer."""
 
 from __future__ import annotations
 
@@ -37,15 +34,23 @@ class Patch:
 
 
 Variant = tuple[Patch, ...]  # set together; most variants are a single patch
+Values = Float[Tensor, "pair col width"]
 
 
 @dataclass(frozen=True)
 class RunPair:
-    """A model, the run that is patched (`base`), and the run that patches take their values from (`source`)."""
+    """A model, the run that is patched (`base`), and one of its shape that patches take their values from (`source`)."""
 
     subject: Subject
     base: CleanRun
     source: CleanRun
+
+    def __post_init__(self) -> None:
+        if self.base.tokens.shape != self.source.tokens.shape:
+            raise InputError(
+                f"base tokens have shape {tuple(self.base.tokens.shape)}, source tokens {tuple(self.source.tokens.shape)}; "
+                "interchange needs pairs of equal length: pad both or drop the pair"
+            )
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,7 @@ def as_variants(subject: Subject, base: CleanRun, patches: Sequence[Patch | Sequ
 def projection(parts: LayerParts, site: str) -> nn.Module:
     """The output projection that reads heads, or the down projection that reads neurons."""
     module = parts.o_proj if site == "head" else parts.down_proj
-    if module is None:
-        raise InputError("this model's MLP has no down projection (a mixture of experts?); use the site mlp_out")
+    assert module is not None, "the load check refuses a model without a down projection"
     return module
 
 
@@ -96,10 +100,8 @@ def entries(subject: Subject, patch: Patch) -> slice | list[int]:
     """Which entries of the site's tensor a patch sets: all of a vector, a head's slice, one neuron."""
     if patch.index is None:
         return slice(None)
-    if patch.site == "neuron":
-        return list(_indices(patch))
-    width = head_width(subject, patch.layer)
-    return [i for head in _indices(patch) for i in range(head * width, (head + 1) * width)]
+    width = head_width(subject, patch.layer) if patch.site == "head" else 1
+    return [i for index in _indices(patch) for i in range(index * width, (index + 1) * width)]
 
 
 def head_width(subject: Subject, layer: int) -> int:
@@ -112,9 +114,7 @@ def columns(patch: Patch) -> list[int]:
     return patch.positions.any(0).nonzero().flatten().tolist()
 
 
-def values_at(
-    runs: RunPair, patch: Patch, cols: list[int]
-) -> tuple[Float[Tensor, "pair col width"], Float[Tensor, "pair col width"]]:
+def values_at(runs: RunPair, patch: Patch, cols: list[int]) -> tuple[Values, Values]:
     """The base's own value of a patch's entries at some positions, and the value after the patch."""
     chosen = entries(runs.subject, patch)
     old = runs.base.site(patch.site, patch.layer)[:, cols][..., chosen]
@@ -123,18 +123,6 @@ def values_at(
     else:
         new = patch.value.to(old).expand(*runs.base.tokens.shape, old.shape[-1])[:, cols]
     return old, torch.where(patch.positions[:, cols, None], new, old)
-
-
-def changed_columns(runs: RunPair, patch: Patch) -> list[int]:
-    """The positions at which a patch changes anything in any pair, bit for bit.
-
-    Before the first token in which two prompts differ every activation is the same, so patches there change nothing
-    and nothing needs to be computed.
-    """
-    cols = columns(patch)
-    old, new = values_at(runs, patch, cols)
-    changed = (old != new).any(-1).any(0).tolist()  # NaN differs from itself, so it is never skipped
-    return [col for col, is_changed in zip(cols, changed, strict=True) if is_changed]
 
 
 def _check(subject: Subject, base: CleanRun, patch: Patch) -> None:
@@ -148,9 +136,9 @@ def _check(subject: Subject, base: CleanRun, patch: Patch) -> None:
             f"not {patch.positions.dtype} {tuple(patch.positions.shape)}"
         )
     if patch.site not in ("head", "neuron"):
-        if patch.index is not None:
-            raise InputError(f"{patch.site} takes no index; index is for head and neuron")
-        return
+        if patch.index is None:
+            return
+        raise InputError(f"{patch.site} takes no index; index is for head and neuron")
     size, index = subject.n_heads if patch.site == "head" else subject.d_mlp, _indices(patch)
     if not index or len(set(index)) < len(index) or not all(0 <= i < size for i in index):
         allowed = f"expected one or several different ones of 0 to {size - 1}"
@@ -186,13 +174,10 @@ def enter(runs: RunPair, entering: Sequence[Stretch], layer: int, end: int) -> l
 
 def clean_stretch(base: CleanRun, layer: int, start: int, end: int) -> Float[Tensor, "pair pos d"]:
     """The clean residual stream above a layer; layer -1 is the embedding."""
-    resid = base.resid_pre[0] if layer < 0 else base.resid_post[layer]
-    return resid[:, start:end]
+    return (base.resid_pre[0] if layer < 0 else base.resid_post[layer])[:, start:end]
 
 
-def written(
-    runs: RunPair, patch: Patch, cols: list[int]
-) -> tuple[Float[Tensor, "pair col d"], Float[Tensor, "pair col d"]]:
+def written(runs: RunPair, patch: Patch, cols: list[int]) -> tuple[Values, Values]:
     """What attention or MLP writes into the residual stream at some positions: in the base, and after the patch."""
     old, new = values_at(runs, patch, cols)
     if patch.site not in ("head", "neuron"):
@@ -223,11 +208,10 @@ def component_output(
 ) -> Float[Tensor, "pair pos d"]:
     """What attention (`attn_out`) or MLP (`mlp_out`) writes if it reads the residual stream `hidden`.
 
-    The library's own block is called, with the run's mask and positions. Of blocks whose MLP reads the stream behind
-    attention; the load check refuses others.
+    The library's own block is called, with the run's mask and positions.
     """
     parts, seen = subject.layers[layer], list[Tensor]()
-    # Before the MLP, attention adds nothing to what is handed in.
+    # What the MLP reads is handed in: attention adds nothing to it.
     attention = nullcontext() if site == "attn_out" else _attention_writes(parts, torch.zeros_like(hidden))
     with on_site(parts, site, seen.append), attention:
         parts.block(hidden, **run.calls[layer])

@@ -32,11 +32,9 @@ from companion.model.architecture import Subject, find_parts, hash_files
 from companion.model.verify import read_facts, verify
 
 DRAWS = (torch.Tensor.normal_, torch.Tensor.uniform_)  # what the library's initialisation is made of
-# What is fetched of a hub's model before its weights.
-SMALL = ["*.json", "*.jinja", "*.model", "*.txt"]
+SMALL = ["*.json", "*.jinja", "*.model", "*.txt"]  # what is fetched of a hub's model before its weights
 WEIGHTS = ["*.safetensors"]
-# Subfolders hold other formats, and some repositories a second copy of the weights under this name.
-IGNORED = ["*/*", "consolidated*"]
+IGNORED = ["*/*", "consolidated*"]  # subfolders hold other formats, and some repositories a second copy of the weights
 FAILURES = (OSError, ValueError, RuntimeError, HTTPError)  # hf_xet raises RuntimeError if the network goes
 # Buffers that old checkpoints hold and the library makes anew.
 HARMLESS = (".masked_bias", ".position_ids", ".rotary_emb.inv_freq", ".attn.bias")
@@ -53,11 +51,9 @@ def load(
 ) -> Subject:
     """A model by name ("embedded", "window-1", "smollm2"), by folder, GGUF file or hub id ("org/model@revision"), checked.
 
-    `MODEL+FOLDER` is a model with the LoRA adapter in that folder, merged in float32, so many times as strong as
-    `adapter_scale` says. Weights of any precision are converted to `dtype`: float32 or float64, or bfloat16 for screening
-    (`companion.mediation.study.noise_floor` measures what that does to effects). On a GPU products are full float32 (no TF32).
-    The sites of a model that `only_answers`, such as a judge, are not checked, and no copy of it is planned for.
-
+    `MODEL+FOLDER` is a model with the LoRA adapter in that folder, merged in float32 and times `adapter_scale`. Weights of any
+    precision are converted to `dtype`: float32 or float64, or bfloat16 for screening. On a GPU products are full float32 (no
+    TF32). The sites of a model that `only_answers`, such as a judge, are not checked, and no copy of it is planned for.
     Raises InputError: no such model, no config.json, pickled weights, remote code, not a causal language model, an unknown
     architecture, too large for memory, missing or unused tensors, an adapter that does not fit or lies beside the weights
     unasked, or a model that cannot be replayed exactly.
@@ -84,10 +80,7 @@ def load(
 def from_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str = "in-memory"
 ) -> Subject:
-    """A model that is already in memory, put into evaluation mode without gradients, and checked.
-
-    Raises InputError for sites that are not what their names say, and a model that the grid cannot replay exactly.
-    """
+    """A model that is already in memory, put into evaluation mode without gradients, and checked; raises as `verify` does."""
     return _checked(find_parts(model.eval().requires_grad_(False), tokenizer, name))
 
 
@@ -184,8 +177,7 @@ def _load_merged(
             warnings.simplefilter("ignore")  # what does not fit is looked for below
             merged = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")
         held, known = load_file(adapter / folders.ADAPTER_WEIGHTS), get_peft_model_state_dict(merged)
-        strangers = sorted(set(held) ^ set(known))
-        if strangers:
+        if strangers := sorted(set(held) ^ set(known)):
             raise InputError(
                 f"{adapter} does not belong to {folder}: {len(strangers)} of its tensors or of the model's have no "
                 f"counterpart, among them {strangers[0]}; give the adapter that was trained on this model"
@@ -239,19 +231,17 @@ def fetch_model(name: str, before_weights: Callable[[Path], object] = lambda fol
     """The cached folder of `ORG/MODEL[@REVISION]`, named by its commit; what is missing is downloaded.
 
     The hub is asked what a branch is now; without a network the cached copy serves, if it is complete. `before_weights` is
-    called with the folder when all but the weights is there, and may refuse it. Raises InputError with one sentence for
-    everything that can go wrong: no access, no network, no such model, no safetensors, no room.
+    called with the folder when all but the weights is there, and may refuse it. Raises InputError: no access, no network, no
+    such model, no safetensors, no room.
     """
     hub_id = hub.parse(name)
     assert hub_id is not None, "the caller has parsed it"
     cached, info = hub.snapshot(hub_id), None
-    if cached is not None and not hub.is_complete(cached):
-        cached = None
+    cached = cached if cached is not None and hub.is_complete(cached) else None
     if cached is None or not hub_id.is_pinned:
         try:
-            info = huggingface_hub.HfApi().model_info(
-                hub_id.repo, revision=hub_id.revision, files_metadata=True, timeout=20
-            )
+            api = huggingface_hub.HfApi()
+            info = api.model_info(hub_id.repo, revision=hub_id.revision, files_metadata=True, timeout=20)
         except FAILURES as error:
             if cached is None or not is_network(error):
                 raise explain(hub_id, error) from error
@@ -299,13 +289,11 @@ def _downloaded(hub_id: HubId, info: Any, before_weights: Callable[[Path], objec
 
 def _fill(hub_id: HubId, patterns: list[str]) -> Path:
     try:
-        place = huggingface_hub.snapshot_download(
-            hub_id.repo, revision=hub_id.revision, cache_dir=hub.cache(),
-            allow_patterns=patterns, ignore_patterns=IGNORED,
-        )  # fmt: skip
+        return Path(huggingface_hub.snapshot_download(
+            hub_id.repo, revision=hub_id.revision, cache_dir=hub.cache(), allow_patterns=patterns, ignore_patterns=IGNORED,
+        ))  # fmt: skip
     except FAILURES as error:
         raise explain(hub_id, error) from error
-    return Path(place)
 
 
 def prepare_model(name: str, device: str, dtype: str, copies: float | None = None) -> str:

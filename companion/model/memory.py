@@ -1,7 +1,7 @@
 """How much memory a model needs, known before its weights are read, where its layers can lie, and how much runs at once.
 
-Sizes come from the model on torch's meta device: all shapes, no numbers. What runs at once is a pure function of shapes, so
-that a rerun gives the same bytes; a sweep stays, above the model and two clean runs, below half a clean run with all sites.
+Sizes come from shapes on torch's meta device, and so does what runs at once: a rerun gives the same bytes. A sweep stays, above
+the model and two clean runs, below half a clean run with all sites.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import timeit
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -49,8 +50,7 @@ def operations(subject: Subject) -> float:
 
 
 def _operations_of_one_site(subject: Subject) -> float:
-    layers = [float(sum(p.numel() for p in parts.block.parameters())) for parts in subject.layers]
-    return 4 * sum(size * place for place, size in enumerate(layers))
+    return 4 * sum(float(_numbers(parts.block)) * place for place, parts in enumerate(subject.layers))
 
 
 def minutes(subject: Subject, n_pairs: int) -> float:
@@ -69,9 +69,7 @@ def minutes(subject: Subject, n_pairs: int) -> float:
 
 @dataclass(frozen=True)
 class SweepMemory:
-    """Bytes above the loaded model: a clean run with all sites, and what a sweep, a gradient screen, a read-out over the whole
-    vocabulary work with.
-    """
+    """Bytes above the loaded model: a clean run with all sites; what a sweep, a gradient screen, a read-out work with."""
 
     clean_run: int
     sweep: int
@@ -98,19 +96,15 @@ def sweep_memory(subject: Subject, n_pairs: int, n_pos: int) -> SweepMemory:
 def token_budget(subject: Subject, n_pos: int) -> int:
     """Tokens a pair that run side by side in one sweep: bounded by memory and by the waste of the block-diagonal mask."""
     by_memory = WORKING_SHARE * n_pos * _kept_per_token(subject) / _working_per_token(subject, n_pos)
-    weights = sum(p.numel() for p in subject.layers[0].block.parameters())
-    by_mask = MASK_SHARE * weights / (2 * subject.n_heads * head_width(subject, 0))
+    by_mask = MASK_SHARE * _numbers(subject.layers[0].block) / (2 * _across_heads(subject))
     by_device = ON_A_PROCESSOR if subject.device.type == "cpu" else by_mask
     return int(max(n_pos, 16, min(by_memory, by_mask, by_device)))
 
 
 def pairs_at_once(subject: Subject, n_pos: int) -> int:
-    """How many pairs of this length run together: at most 64, fewer where a clean run would exceed 1 GiB.
-
-    A quarter of that on a processor, where two notebooks at once share the memory.
-    """
-    one = sweep_memory(subject, 1, n_pos).clean_run
-    return max(1, min(BATCH, CLEAN_RUN_BYTES // ((4 if subject.device.type == "cpu" else 1) * one)))
+    """How many pairs of this length run together: at most 64, fewer where a clean run would exceed 1 GiB."""
+    parts = 4 if subject.device.type == "cpu" else 1  # a quarter on a processor, where two notebooks share the memory
+    return max(1, min(BATCH, CLEAN_RUN_BYTES // (parts * sweep_memory(subject, 1, n_pos).clean_run)))
 
 
 def vocabulary_blocks(subject: Subject, n: int, each: int) -> list[slice]:
@@ -119,12 +113,15 @@ def vocabulary_blocks(subject: Subject, n: int, each: int) -> list[slice]:
     return [slice(start, min(n, start + step)) for start in range(0, n, step)]
 
 
-def in_chunks(
-    stretches: Sequence[Stretch], end: int, budget: int, run: Callable[[Sequence[Stretch]], Tensor]
-) -> Iterator[tuple[Sequence[Stretch], Tensor]]:
-    """Runs all stretches, chunk by chunk; a chunk that does not fit into memory is cut in halves, and that is recorded."""
+def fill_in_chunks(
+    found: Tensor, stretches: Sequence[Stretch], end: int, budget: int, run: Callable[[Sequence[Stretch]], Tensor]
+) -> None:
+    """Writes what `run` makes of a chunk of stretches into their slots of `found` (pair, slot, ...), for all of them.
+
+    A chunk that does not fit into memory is cut in halves, and that is recorded.
+    """
     waiting = _cut(stretches, end, budget)[::-1]
-    bar = progress(range(len(stretches)), desc="interventions", total=len(stretches))
+    bar = progress(range(len(stretches)), desc="interventions")
     while waiting:
         chunk = waiting.pop()
         try:
@@ -139,7 +136,7 @@ def in_chunks(
             half = (len(chunk) + 1) // 2
             waiting += [chunk[half:], chunk[:half]]
             continue
-        yield chunk, made
+        found[:, [stretch.slot for stretch in chunk]] = made
         for _ in chunk:
             next(bar)
     next(bar, None)
@@ -147,23 +144,20 @@ def in_chunks(
 
 def _cut(stretches: Sequence[Stretch], end: int, budget: int) -> list[Sequence[Stretch]]:
     """Stretches with near starts together, at most `budget` tokens a chunk, each chunk ordered by entry layer."""
-    ordered = sorted(stretches, key=lambda s: (s.start, s.entry, s.slot))
-    chunks: list[list[Stretch]] = []
-    used = budget
-    for stretch in ordered:
-        length = end - stretch.start
-        if used + length > budget:
+    chunks, used = list[list[Stretch]](), budget
+    for stretch in sorted(stretches, key=lambda s: (s.start, s.entry, s.slot)):
+        used += end - stretch.start
+        if used > budget:
             chunks.append([])
-            used = 0
+            used = end - stretch.start
         chunks[-1].append(stretch)
-        used += length
     return [sorted(chunk, key=lambda s: (s.entry, s.slot)) for chunk in chunks]
 
 
 def _kept_per_token(subject: Subject) -> int:
     """Numbers that a clean run with all sites keeps for one token."""
-    heads = subject.n_heads * head_width(subject, 0)
-    return resumable_per_token(subject) + subject.n_layers * (2 * subject.d_model + heads + subject.d_mlp)
+    in_a_layer = 2 * subject.d_model + _across_heads(subject) + subject.d_mlp
+    return resumable_per_token(subject) + subject.n_layers * in_a_layer
 
 
 def resumable_per_token(subject: Subject) -> int:
@@ -176,16 +170,22 @@ def _working_per_token(subject: Subject, n_pos: int) -> int:
     """Numbers that are alive for one running token while a layer is computed, at the most."""
     is_eager = subject.model.config._attn_implementation == "eager"
     scores = 2 * subject.n_heads * 3 * n_pos if is_eager else 0
-    return 6 * subject.d_model + 2 * subject.n_heads * head_width(subject, 0) + 3 * subject.d_mlp + scores
+    return 6 * subject.d_model + 2 * _across_heads(subject) + 3 * subject.d_mlp + scores
 
 
 def _graph_per_token(subject: Subject, n_pos: int) -> int:
     """Numbers that a backward pass needs of one token's forward pass, and the neurons' gradients."""
-    heads, scores = subject.n_heads * head_width(subject, 0), subject.n_heads * n_pos
-    if getattr(subject.model.config, "attn_logit_softcapping", None):
-        scores *= 2
-    norms = 6 if subject.post_norm else 3
-    return subject.n_layers * (norms * subject.d_model + 5 * heads + scores + 6 * subject.d_mlp)
+    is_capped = getattr(subject.model.config, "attn_logit_softcapping", None)
+    scores, norms = subject.n_heads * n_pos * (2 if is_capped else 1), 6 if subject.post_norm else 3
+    return subject.n_layers * (norms * subject.d_model + 5 * _across_heads(subject) + scores + 6 * subject.d_mlp)
+
+
+def _across_heads(subject: Subject) -> int:
+    return subject.n_heads * head_width(subject, 0)
+
+
+def _numbers(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 @dataclass(frozen=True)
@@ -220,8 +220,7 @@ def run_memory(shapes: Subject, copies: float | None = None) -> RunMemory:
     Beside the model lies its untrained twin; in bfloat16 a float32 copy, from which the noise floor is read. `copies` counts
     its weights otherwise: 1 for a model that nothing is compared with.
     """
-    weights = _weights(shapes.model)
-    alive = COPIES.get(shapes.dtype, 2.0) if copies is None else copies
+    weights, alive = _weights(shapes.model), COPIES.get(shapes.dtype, 2.0) if copies is None else copies
     sweep = sweep_memory(shapes, pairs_at_once(shapes, LONGEST), LONGEST).total
     return RunMemory(weights, round(alive * weights), sweep)
 
@@ -232,16 +231,13 @@ def check_size(folder: Path, device: str, dtype: str, copies: float | None = Non
     Raises `InputError` as `on_meta` and `placement` do.
     """
     shapes = on_meta(folder, getattr(torch, dtype))
-    where = placement(shapes, torch.device(device), copies) or {}
-    places = Counter(where.values())
-    main = next(iter(where.values()), "")  # the embedding's
-    size = sum(p.numel() for p in shapes.model.parameters()) / 1e9
+    places = Counter((placement(shapes, torch.device(device), copies) or {}).values())
+    main, size = next(iter(places), ""), _numbers(shapes.model) / 1e9  # the first is the embedding's
     notes = [f"{size:.2f} billion parameters", f"memory needed at most: {_gb(run_memory(shapes, copies).total)}"]
     if spread := sum(n for place, n in places.items() if place not in ("cpu", main)):
         notes.append(f"{spread} of {shapes.n_layers} layers lie on other GPUs")
-    if places["cpu"]:
-        slow = "layers wait in the processor's memory, which is many times slower"
-        notes.append(f"{places['cpu']} of {shapes.n_layers} {slow}")
+    if n := places["cpu"]:
+        notes.append(f"{n} of {shapes.n_layers} layers wait in the processor's memory, which is many times slower")
     return "; ".join(notes)
 
 
@@ -249,8 +245,7 @@ def placement(shapes: Subject, device: torch.device, copies: float | None = None
     """Where each part lies: None for all of it on `device`, else names of modules with a GPU or "cpu".
 
     The earliest layers go first: to the other GPUs, where `device` is "cuda" without a number, then to the processor's
-    memory, from where they come to the GPU for each call (many times slower). The `accelerate` library moves both; see
-    `companion.model.architecture`. `copies` is that of `run_memory`. Raises InputError where even that does not fit.
+    memory (see `companion.model.architecture`). `copies` is that of `run_memory`. Raises InputError where even that does not fit.
     """
     asked, free = run_memory(shapes, copies), int(USABLE * free_memory(device))
     missing, places, rooms = asked.total - free, list[str](), dict[str, int]()
@@ -282,13 +277,12 @@ def placement(shapes: Subject, device: torch.device, copies: float | None = None
 
 def name_places(shapes: Subject, places: Sequence[str], device: str) -> dict[str, str]:
     """Modules by name, each with its place: the first layers lie at `places`, all else on `device`."""
-    layers = [parts.block for parts in shapes.layers]
-    own = dict(zip(map(id, layers), (*places, *[device] * len(layers)), strict=False))
+    own = dict(zip_longest((parts.block for parts in shapes.layers), places, fillvalue=device))
     found: dict[str, str] = {}
     for name, module in shapes.model.named_modules():
         is_inside = name.startswith(tuple(f"{above}." for above in found))
-        if id(module) in own or not (is_inside or any(module.children())):
-            found[name] = own.get(id(module), device)
+        if module in own or not (is_inside or any(module.children())):
+            found[name] = own.get(module, device)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -21,15 +22,12 @@ BLOCK_LOGITS = 2**23  # alive together where a vocabulary is read block by block
 
 @torch.no_grad()
 def logits(
-    subject: Subject,
-    resid: Float[Tensor, "... d"],
-    rows: Int[Tensor, "row"] | None = None,
+    subject: Subject, resid: Float[Tensor, "... d"], rows: Int[Tensor, "row"] | None = None,
     norm_like: Float[Tensor, "... d"] | None = None,
-) -> Float[Tensor, "... row"]:
+) -> Float[Tensor, "... row"]:  # fmt: skip
     """Final norm, unembedding of the wanted vocabulary rows (all if None), final soft cap.
 
-    `norm_like` freezes the final norm's scale at that residual's, so that the result is linear in `resid` (up to the soft
-    cap).
+    `norm_like` freezes the final norm's scale at that residual's: the result is linear in `resid`, up to the soft cap.
     """
     return _unembed(subject, _normed(subject, resid, norm_like), slice(None) if rows is None else rows)
 
@@ -147,13 +145,10 @@ def norm_gain(norm: nn.Module) -> tuple[Float[Tensor, "..."], Float[Tensor, "d"]
     probe = _probe(norm)
     tolerance = max(1e-3, 4 * torch.finfo(probe.dtype).eps)
     gains = (torch.ones((), dtype=probe.dtype),) if weight is None else (weight, 1 + weight)
+    near = partial(torch.allclose, rtol=tolerance, atol=tolerance)
     for gain, eps in itertools.product(gains, EPSILONS if named is None else (float(named),)):
-        for x in (probe, SMALL * probe):  # at a small scale a wrong epsilon shows
-            centred = x - x.mean() if is_centred(norm) else x
-            guess = gain * centred * inverse_scale(norm, x, eps) + (0 if bias is None else bias)
-            if not torch.allclose(guess, norm(x), rtol=tolerance, atol=tolerance):
-                break
-        else:
+        tried = (probe, SMALL * probe)  # at a small scale a wrong epsilon shows
+        if all(near(_scaled(norm, x, x, gain, bias, eps), norm(x)) for x in tried):
             return gain, bias, eps
     raise InputError(f"{type(norm).__name__} is neither a LayerNorm nor an RMSNorm that this module knows")
 
@@ -173,17 +168,15 @@ def _probe(norm: nn.Module) -> Float[Tensor, "d"]:
     return torch.ones_like(like) * torch.arange(1, len(like) + 1, device=like.device) % 7 - 3.0
 
 
-def inverse_scale(norm: nn.Module, resid: Float[Tensor, "... d"], eps: float) -> Float[Tensor, "... 1"]:
-    """One over the root mean square (LayerNorm: standard deviation) by which a norm divides."""
-    centred = resid - resid.mean(-1, keepdim=True) if is_centred(norm) else resid
-    return torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
-
-
 def frozen_norm(norm: nn.Module, resid: Float[Tensor, "... d"], like: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
     """The norm with the scale of another residual: an affine function of `resid`."""
-    gain, bias, eps = norm_gain(norm)
-    centred = resid - resid.mean(-1, keepdim=True) if is_centred(norm) else resid
-    normed = gain * centred * inverse_scale(norm, like, eps)
+    return _scaled(norm, resid, like, *norm_gain(norm))
+
+
+def _scaled(norm: nn.Module, resid: Tensor, like: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    if is_centred(norm):
+        resid, like = (x - x.mean(-1, keepdim=True) for x in (resid, like))
+    normed = gain * resid * torch.rsqrt(like.pow(2).mean(-1, keepdim=True) + eps)
     return normed if bias is None else normed + bias
 
 

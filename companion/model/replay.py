@@ -5,20 +5,16 @@ which is kept. So an intervention costs the cells to its upper right and not a f
 
 A patch at layer l and position p changes a *stretch* of the sequence, from p on. All stretches of a chunk lie side by side as
 extra tokens of the same pair; a block-diagonal mask lets each see its own tokens and the clean prefix before it, whose keys
-and values come from the clean run. The library's own layer code does the arithmetic. A stretch joins the running batch when
-the sweep up the grid reaches its layer.
+and values come from the clean run. A stretch joins the running batch when the sweep up the grid reaches its layer.
 
->>> from companion.model.activations import clean_run
->>> from companion.model.interventions import position_mask
->>> from companion.model.load import load
->>> from companion.model.readout import logits
->>> subject = load("embedded")
+>>> from companion.model import activations, interventions, load
+>>> subject = load.load("embedded")
 >>> control, treated = torch.randint(9, 99, (2, 3, 12), generator=torch.Generator().manual_seed(0))
->>> base, source = clean_run(subject, control), clean_run(subject, treated)
->>> last = position_mask(control, -1)
+>>> base, source = activations.clean_run(subject, control), activations.clean_run(subject, treated)
+>>> last = interventions.position_mask(control, -1)
 >>> patches = [Patch("mlp_out", layer, last) for layer in range(subject.n_layers)]
->>> logits(subject, interchange(subject, base, source, patches), rows=torch.tensor([5, 6])).shape
-torch.Size([3, 6, 1, 2])
+>>> interchange(subject, base, source, patches).shape
+torch.Size([3, 6, 1, 128])
 """
 
 from __future__ import annotations
@@ -35,7 +31,6 @@ from torch import Tensor
 
 from companion.base.device import synchronize
 from companion.base.display import progress
-from companion.base.errors import InputError
 from companion.model.activations import CleanRun, Hook, at_positions, causal, first, on_input
 from companion.model.architecture import Subject, written_vectors
 from companion.model.interventions import (
@@ -44,7 +39,6 @@ from companion.model.interventions import (
     Stretch,
     Variant,
     as_variants,
-    changed_columns,
     clean_stretch,
     columns,
     enter,
@@ -55,7 +49,7 @@ from companion.model.interventions import (
     values_at,
     written,
 )
-from companion.model.memory import in_chunks, token_budget
+from companion.model.memory import fill_in_chunks, token_budget
 from companion.model.readout import read_positions
 
 Patches = Sequence[Patch | Sequence[Patch]]
@@ -63,73 +57,55 @@ Patches = Sequence[Patch | Sequence[Patch]]
 
 @torch.no_grad()
 def interchange(
-    subject: Subject,
-    base: CleanRun,
-    source: CleanRun,
-    patches: Patches,
-    read: Sequence[int] = (-1,),
+    subject: Subject, base: CleanRun, source: CleanRun, patches: Patches, read: Sequence[int] = (-1,),
     readout: Callable[[Tensor], Tensor] = lambda resid: resid,
-) -> Float[Tensor, "pair patch read ..."]:
+) -> Float[Tensor, "pair patch read ..."]:  # fmt: skip
     """Final residual stream (before the final norm) after each intervention on its own: total effects.
 
-    An entry of `patches` that is itself a sequence is one joint intervention. A patch that changes nothing, bit for bit, returns
-    the base's own residual. `readout` turns residuals of some patches, (pair, patch, read, d), into what is wanted and kept.
-    Raises InputError for a patch or read position that does not exist, and two runs of different shapes.
+    An entry of `patches` that is a sequence is one joint intervention; a patch that changes nothing returns the base's residual.
+    `readout` turns residuals of some patches, (pair, patch, read, d), into what is wanted and kept. Raises InputError for a
+    patch or read position that does not exist, and two runs of different shapes.
     """
-    variants = as_variants(subject, base, patches)
-    positions = read_positions(base, read)
-    runs = _checked_runs(subject, base, source)
-    end = int(positions.max()) + 1
+    variants, positions = as_variants(subject, base, patches), read_positions(base, read)
+    runs, end = RunPair(subject, base, source), int(positions.max()) + 1
     stretches = [s for slot, v in enumerate(variants) if (s := _stretch(runs, v, slot, end))]
     clean = base.resid_post[-1][:, positions]
     unchanged = readout(clean[:, None])
     result = unchanged.expand(-1, len(variants), *unchanged.shape[2:]).clone()
     budget = token_budget(subject, base.tokens.shape[1])
-    for chunk, made in in_chunks(stretches, end, budget, lambda c: readout(sweep(runs, c, positions))):
-        result[:, [stretch.slot for stretch in chunk]] = made
+    fill_in_chunks(result, stretches, end, budget, lambda chunk: readout(sweep(runs, chunk, positions)))
     return result
 
 
 @torch.no_grad()
 def direct(
-    subject: Subject, base: CleanRun, source: CleanRun, patches: Sequence[Patch], read: Sequence[int] = (-1,)
-) -> Float[Tensor, "pair patch read d"]:
-    """Final residual stream if only the site's own write into it is swapped: direct effects.
+    subject: Subject, base: CleanRun, source: CleanRun, patches: Sequence[Patch]
+) -> Float[Tensor, "pair patch 1 d"]:
+    """Final residual stream at the last token if only the site's own write into it is swapped: direct effects.
 
-    No later layer sees the change. For `resid_post` this is the skip path alone. A patch has no direct effect at a
-    read position that it does not touch.
+    No later layer sees the change. For `resid_post` this is the skip path alone. A patch of other tokens has none.
     """
-    positions = read_positions(base, read)
-    runs = _checked_runs(subject, base, source)
-    clean = base.resid_post[-1][:, positions]
-    results = []
+    runs, last = RunPair(subject, base, source), base.tokens.shape[1] - 1
+    clean, results = base.resid_post[-1][:, [last]], []
     for (patch,) in as_variants(subject, base, patches):
         cols = columns(patch)
         old, new = written(runs, patch, cols)
-        change = torch.zeros_like(clean)
-        for i, at in enumerate(positions.tolist()):
-            if at in cols:
-                change[:, i] = (new - old)[:, cols.index(at)]
+        change = (new - old)[:, [cols.index(last)]] if last in cols else torch.zeros_like(clean)
         results.append(clean + change)
     return torch.stack(results, dim=1)
 
 
 def _stretch(runs: RunPair, variant: Variant, slot: int, end: int) -> Stretch | None:
     """The cells to recompute for one variant, or None if it changes nothing that is read."""
-    if len(variant) == 1:
-        cols = [c for c in changed_columns(runs, variant[0]) if c < end]
-        return Stretch(variant, slot, variant[0].layer, cols[0]) if cols else None
-    cols = [c for patch in variant for c in columns(patch) if c < end]
-    return Stretch(variant, slot, min(p.layer for p in variant) - 1, min(cols)) if cols else None
-
-
-def _checked_runs(subject: Subject, base: CleanRun, source: CleanRun) -> RunPair:
-    if base.tokens.shape != source.tokens.shape:
-        raise InputError(
-            f"base tokens have shape {tuple(base.tokens.shape)}, source tokens {tuple(source.tokens.shape)}; "
-            "interchange needs pairs of equal length: pad both or drop the pair"
-        )
-    return RunPair(subject, base, source)
+    cols, entry = [c for patch in variant for c in columns(patch)], min(patch.layer for patch in variant)
+    if len(variant) > 1:  # edited while its layers run
+        entry -= 1
+    else:  # of one patch, positions where it changes anything, bit for bit: none before the first token that differs
+        old, new = values_at(runs, variant[0], cols)
+        changed = (old != new).any(-1).any(0).tolist()  # NaN differs from itself, so it is never skipped
+        cols = [c for c, is_changed in zip(cols, changed, strict=True) if is_changed]
+    start = min(cols, default=end)
+    return Stretch(variant, slot, entry, start) if start < end else None
 
 
 def both_ways(
@@ -143,28 +119,23 @@ def both_ways(
     """
     n_pairs = len(control.tokens)
     if 3 * n_pairs > at_once:
-        return (
-            interchange(subject, control, treated, into_control)[:, :, 0],
-            interchange(subject, treated, control, into_treated)[:, :, 0],
-        )
-    runs, values = (control.above(treated), treated.above(control)), dict[tuple[int, int], Tensor]()
+        sweeps = ((control, treated, into_control), (treated, control, into_treated))
+        into, out = (interchange(subject, *sweep)[:, :, 0] for sweep in sweeps)
+        return into, out
+    values: dict[tuple[int, int], Tensor] = {}  # of both runs: many patches write the same
+
+    def stacked(upper: Patch, lower: Patch) -> Patch:
+        positions, value, key = torch.cat([upper.positions, lower.positions]), None, (id(upper.value), id(lower.value))
+        if upper.value is not None and lower.value is not None:
+            if key not in values:
+                values[key] = torch.cat([own.expand(n_pairs, -1, -1) for own in (upper.value, lower.value)])
+            value = values[key]
+        return Patch(upper.site, upper.layer, positions, upper.index, value)
+
     lists = (as_variants(subject, control, patches) for patches in (into_control, into_treated))
-    patches = [
-        tuple(_stacked(upper, lower, values) for upper, lower in zip(*variants, strict=True))
-        for variants in zip(*lists, strict=True)
-    ]
-    found = interchange(subject, *runs, patches)[:, :, 0]
+    patches = [tuple(stacked(*two) for two in zip(*both, strict=True)) for both in zip(*lists, strict=True)]
+    found = interchange(subject, control.above(treated), treated.above(control), patches)[:, :, 0]
     return found[:n_pairs], found[n_pairs:]
-
-
-def _stacked(upper: Patch, lower: Patch, values: dict[tuple[int, int], Tensor]) -> Patch:
-    """One patch of both runs, from two of the same site and layer; many write the same, which `values` keeps."""
-    positions, key = torch.cat([upper.positions, lower.positions]), (id(upper.value), id(lower.value))
-    if upper.value is None or lower.value is None:
-        return Patch(upper.site, upper.layer, positions, upper.index)
-    if key not in values:
-        values[key] = torch.cat([value.expand(len(upper.positions), -1, -1) for value in (upper.value, lower.value)])
-    return Patch(upper.site, upper.layer, positions, upper.index, values[key])
 
 
 @torch.no_grad()
@@ -174,39 +145,29 @@ def each_neuron(
 ) -> Float[Tensor, "pair neuron ..."]:  # fmt: skip
     """What `interchange` gives for each chosen neuron on its own at the last token, read there by `readout` (pair, neuron, d).
 
-    Each neuron changes one cell, so the edited states of a chunk are made by one multiplication, without an intervention
-    object for each, and climb the layers side by side. A neuron that no pair changes gives the base's own.
+    Each neuron changes one cell, so the edited states of a chunk are made by one multiplication and climb the layers side by
+    side. A neuron that no pair changes gives the base's own.
     """
     change = (source.site("neuron", layer) - base.site("neuron", layer))[:, -1, chosen]
     clean = readout(base.resid_post[-1][:, None, -1])
     found = clean.expand(-1, len(chosen), *clean.shape[2:]).clone()
     end, slots = base.tokens.shape[1], (change != 0).any(0).nonzero().flatten().tolist()
     stretches = [Stretch((), slot, layer, end - 1) for slot in slots]
+    down, post = projection(subject.layers[layer], "neuron"), subject.layers[layer].mlp_post
+    vectors, middle = written_vectors(down), (base.resid_pre[layer] + base.site("attn_out", layer))[:, None, -1]
+    own = base.site("mlp_out", layer)[:, None, -1] if post is None else down(base.site("neuron", layer)[:, None, -1])
 
     def climb(chunk: Sequence[Stretch]) -> Tensor:
         at = torch.tensor([stretch.slot for stretch in chunk], device=change.device)
         layout = make_layout(chunk, end, change.device)
-        resid = _edited_states(subject, base, layer, change[:, at], chosen[at])
+        write = own + change[:, at, None] * vectors[chosen[at]]
+        resid = middle + (write if post is None else post(write))
         for above in range(layer + 1, subject.n_layers):
             resid = replay_layer(subject, base, above, resid, layout)
         return readout(resid)
 
-    for chunk, made in in_chunks(stretches, end, token_budget(subject, end), climb):
-        found[:, [stretch.slot for stretch in chunk]] = made
+    fill_in_chunks(found, stretches, end, token_budget(subject, end), climb)
     return found
-
-
-def _edited_states(
-    subject: Subject, base: CleanRun, layer: int, change: Float[Tensor, "pair neuron"], chosen: Int[Tensor, "neuron"]
-) -> Float[Tensor, "pair neuron d"]:
-    """The residual stream above the layer at the last token, with each neuron's own write changed."""
-    parts, down = subject.layers[layer], projection(subject.layers[layer], "neuron")
-    write = change[..., None] * written_vectors(down)[chosen]
-    middle = (base.resid_pre[layer] + base.site("attn_out", layer))[:, None, -1]
-    if parts.mlp_post is None:
-        return middle + (base.site("mlp_out", layer)[:, None, -1] + write)
-    raw = down(base.site("neuron", layer)[:, None, -1])
-    return middle + torch.as_tensor(parts.mlp_post(raw + write))
 
 
 @torch.no_grad()
@@ -214,9 +175,8 @@ def interchange_full_forward(
     subject: Subject, base: CleanRun, source: CleanRun, patches: Patches, read: Sequence[int] = (-1,)
 ) -> Float[Tensor, "pair patch read d"]:
     """`interchange` by one full forward pass per intervention, with forward hooks: slow, and what the grid is held equal to."""
-    positions, results = read_positions(base, read), []
-    variants = as_variants(subject, base, patches)
-    for variant in progress(variants, desc="full forward passes", total=len(variants)):
+    positions, variants, results = read_positions(base, read), as_variants(subject, base, patches), []
+    for variant in progress(variants, desc="full forward passes"):
         seen: list[Tensor] = []
         with ExitStack() as stack:
             for patch in variant:
@@ -317,23 +277,19 @@ def replay_layer(
 def stretch_mask(
     mask: Tensor | None, layout: Layout, n_pos: int
 ) -> Float[Tensor, "pair 1 token key"] | Bool[Tensor, ...]:
-    """The library's own mask, re-indexed: a token sees the clean prefix before its stretch, and its own stretch.
+    """The library's own mask (None: causal), re-indexed: a token sees the clean prefix before its stretch, and its stretch.
 
-    Sliding windows come along because the rows and columns are the library's. No mask at all means causal: the library
-    leaves it out where its attention kernel knows better.
+    Sliding windows come along because the rows and columns are the library's.
     """
     key = id(mask)
-    if key in layout.masks:
-        return layout.masks[key]
-    if mask is None:
-        mask = causal(n_pos, layout.position.device)
-    rows = mask[:, :, layout.position]
-    seen = torch.cat([rows[..., : layout.prefix], rows[..., layout.position]], dim=-1)
-    prefix = torch.arange(layout.prefix, device=rows.device)
-    before = prefix < layout.start[layout.owner, None]
-    own = layout.owner[:, None] == layout.owner
-    closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    layout.masks[key] = torch.where(torch.cat([before, own], dim=-1), seen, closed)
+    if key not in layout.masks:
+        mask = causal(n_pos, layout.position.device) if mask is None else mask
+        rows = mask[:, :, layout.position]
+        seen = torch.cat([rows[..., : layout.prefix], rows[..., layout.position]], dim=-1)
+        before = torch.arange(layout.prefix, device=rows.device) < layout.start[layout.owner, None]
+        own = layout.owner[:, None] == layout.owner
+        closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        layout.masks[key] = torch.where(torch.cat([before, own], dim=-1), seen, closed)
     return layout.masks[key]
 
 

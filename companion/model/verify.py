@@ -33,10 +33,8 @@ _FAMILY = "use a model of a known family"
 def verify(subject: Subject) -> float:
     """Compares kept activations and replayed interventions with the plain library, on random tokens.
 
-    Returns the largest difference found, as a share of the largest value compared: the model's rounding noise.
-
-    Raises InputError: a site is not what its name says, a part reads something else than later code hands it, or the replay
-    does not give the model's numbers.
+    Returns the largest difference found, as a share of the largest value compared: the model's rounding noise. Raises InputError:
+    a site is not what its name says, a part reads something else, or the replay does not give the model's numbers.
     """
     kind, attention = f"{subject.name}: a {type(subject.model).__name__}", subject.model.config._attn_implementation
     if attention not in ("eager", "sdpa"):
@@ -65,29 +63,22 @@ def verify(subject: Subject) -> float:
 
 @torch.no_grad()
 def check_sites(subject: Subject, run: CleanRun) -> float:
-    """What is kept is what its name says, and every part that is called alone gives what it gave in the model.
-
-    Every hook fired; the block's sum is the residual stream; attention and MLP, given what they read, write what they
-    wrote; heads lie side by side; projections are linear maps from heads and neurons to what is written; the final norm
-    and the unembedding give the logits. Returns the largest relative difference.
-    """
+    """Sites are what their names say, and parts that are called alone give what they gave: the largest relative difference."""
     for site in ("resid_post", "attn_out", "mlp_out", "z", "neurons"):
-        n_seen = len(getattr(run, site))
-        if n_seen != subject.n_layers:
+        if (n_seen := len(getattr(run, site))) != subject.n_layers:
             raise InputError(f"{subject.name}: {site} was seen in {n_seen} of {subject.n_layers} layers; {_UNKNOWN}")
     compared = (one for layer in range(subject.n_layers) for one in _in_layer(subject, run, layer))
     worst = max(_same(subject, *one) for one in compared)
     last, plain = run.resid_post[-1], subject.model(input_ids=run.tokens, use_cache=False).logits
-    what = "final norm and unembedding do not give the model's logits"
-    worst = max(worst, _same(subject, logits(subject, last), plain, what))
+    read = _same(subject, logits(subject, last), plain, "final norm and unembedding do not give the model's logits")
     normed, frozen = subject.final_norm(last), frozen_norm(subject.final_norm, last, last)
-    return max(worst, _same(subject, frozen, normed, "the final norm with its own scale frozen is another norm"))
+    return max(worst, read, _same(subject, frozen, normed, "the final norm with its own scale frozen is another norm"))
 
 
 def _in_layer(subject: Subject, run: CleanRun, layer: int) -> Iterator[tuple[Tensor, Tensor, str]]:
     """What must be the same in a layer, pair by pair, with what is said if it is not."""
-    parts, wanted = subject.layers[layer], run.mlp_out[layer]
-    below, behind = run.resid_pre[layer], run.resid_pre[layer] + run.attn_out[layer]
+    parts, below, wanted = subject.layers[layer], run.resid_pre[layer], run.mlp_out[layer]
+    behind = below + run.attn_out[layer]
     yield behind + wanted, run.resid_post[layer], f"resid_pre + attn_out + mlp_out is not resid_post in layer {layer}"
     _check_heads(subject, run, layer)
     made, beside = (component_output(subject, run, "mlp_out", layer, read) for read in (behind, below))
@@ -176,22 +167,13 @@ def read_facts(subject: Subject, noise: float, adapter: str = "") -> ModelFacts:
     embedding = subject.model.get_input_embeddings().weight
     named = str if subject.tokenizer is None else subject.tokenizer.convert_ids_to_tokens
     return ModelFacts(
-        architecture=type(subject.model).__name__,
-        layers=subject.n_layers,
-        heads=subject.n_heads,
+        architecture=type(subject.model).__name__, layers=subject.n_layers, heads=subject.n_heads,
         key_heads=getattr(config, "num_key_value_heads", None) or subject.n_heads,
-        width=subject.d_model,
-        neurons=subject.d_mlp,
+        width=subject.d_model, neurons=subject.d_mlp,
         norm=norm if getattr(subject.final_norm, "weight", None) is not None else f"{norm} without weights",
-        norm_after=subject.post_norm,
-        gated=hasattr(mlp, "gate_proj") or hasattr(mlp, "gate_up_proj"),
-        windows=(window,) if window else (),
-        soft_cap=subject.soft_cap,
-        tied=subject.unembedding[0] is embedding,
-        vocabulary=len(subject.unembedding[0]),
-        noise=noise,
-        adapter=adapter,
-        device=device.facts(subject.device),
+        norm_after=subject.post_norm, gated=hasattr(mlp, "gate_proj") or hasattr(mlp, "gate_up_proj"),
+        windows=(window,) if window else (), soft_cap=subject.soft_cap, tied=subject.unembedding[0] is embedding,
+        vocabulary=len(subject.unembedding[0]), noise=noise, adapter=adapter, device=device.facts(subject.device),
         ends={str(named(token)): places for token, places in end_tokens(subject).items()},
         template=None if subject.tokenizer is None else template_facts(subject.tokenizer),
-    )
+    )  # fmt: skip

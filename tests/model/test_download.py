@@ -62,11 +62,9 @@ def is_weight(name: str) -> bool:
     return name.endswith((".safetensors", ".bin"))
 
 
-NO_IDS = ("window-0", "embedded", "/a/b", "../a/b", "a/b/c", "a/..", "./a/b", "a/.b", "a/b--c", "-a/b", "a/b c")
-
-
 def test_hub_ids_and_their_revisions(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not any(map(hub.parse, NO_IDS))
+    no_ids = "window-0", "embedded", "/a/b", "../a/b", "a/b/c", "a/..", "./a/b", "a/.b", "a/b--c", "-a/b", "a/b c"
+    assert not any(map(hub.parse, no_ids))
     assert hub.parse("meta-llama/Llama-3.1-8B-Instruct") == HubId("meta-llama/Llama-3.1-8B-Instruct", "main")
     assert hub.parse("org/m@refs/pr/1") == HubId("org/m", "refs/pr/1")
     assert hub.parse(PINNED).is_pinned and not hub.parse("org/m@0123").is_pinned
@@ -185,8 +183,7 @@ def spoil(folder: Path, **changes: object) -> None:
 
 def pickle(folder: Path) -> None:
     for path in folder.glob("*.safetensors*"):
-        path.unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"x")
+        path.rename(folder / "pytorch_model.bin")
 
 
 UNUSABLE = {

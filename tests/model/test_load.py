@@ -157,7 +157,6 @@ def test_buffers_of_old_checkpoints_and_code_that_a_known_family_brings_do_no_ha
 
 
 def small_vocabulary(folder: Path) -> None:
-    """Weights for fewer tokens than the tokenizer has."""
     n = json.loads((folder / "config.json").read_text())["vocab_size"]
     weights(folder, lambda tensors: {k: v[:10].clone() if v.shape[:1] == (n,) else v for k, v in tensors.items()})
     config(folder, vocab_size=10)
@@ -241,9 +240,8 @@ def test_damage_anywhere(tmp_path: Path, place: float, name: str, cut: bool) -> 
 
 
 def test_a_model_without_an_unembedding_is_refused() -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     with pytest.raises(InputError, match="BertModel has no unembedding"):
-        from_model(hf.BertModel(hf.BertConfig(**sizes)))
+        from_model(hf.BertModel(hf.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)))
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])

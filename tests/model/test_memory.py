@@ -64,6 +64,27 @@ def test_layers_wait_only_as_far_as_they_must_and_can(folder: Path, monkeypatch:
     assert "--dtype" not in str(caught.value)
 
 
+def test_layers_go_to_other_gpus_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    shapes = on_meta(tmp_path, torch.float32)
+    asked = run_memory(shapes)
+    layer = 2 * sum(4 * p.numel() for p in shapes.layers[0].block.parameters())
+    free = {"cuda:1": asked.sweep + layer, "cuda:2": asked.sweep - 1, "cpu": asked.weights + layer}
+    free["cuda"] = free["cuda:0"] = asked.total - 2 * layer
+    monkeypatch.setattr(memory, "free_memory", lambda device: int(free[str(device)] / USABLE) + 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    where = placement(shapes, torch.device("cuda"))
+    assert [where[f"model.layers.{i}"] for i in range(4)] == ["cuda:1", "cpu", "cuda", "cuda"]
+    said = memory.check_size(tmp_path, "cuda", "float32")
+    assert "1 of 4 layers lie on other GPUs; 1 of 4 layers wait in the processor's memory" in said
+    free["cpu"] = asked.weights + layer - 9
+    with pytest.raises(InputError, match=r"too large for cuda: .* of cuda:1 and 0.0 GB of cuda:2 and"):
+        placement(shapes, torch.device("cuda"))
+    with pytest.raises(InputError, match="too large for cuda:0") as caught:  # one GPU, by its number
+        placement(shapes, GPU)
+    assert "cuda:1" not in str(caught.value)
+
+
 @pytest.fixture(scope="module")
 def shaped() -> Subject:
     """The proportions of a real model, small."""

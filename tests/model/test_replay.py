@@ -19,20 +19,21 @@ from companion.model.load import from_model
 
 # ---- replay ----
 
+# The last two as the library is: its norms cast to float32.
+EXACT = [
+    (torch.float64, None, 1e-10),
+    (torch.float64, "eager", 1e-10),
+    (torch.float64, None, 1e-5),
+    (torch.float32, None, 1e-5),
+]
 
-@pytest.mark.parametrize("attention", [None, "eager"])
+
+@pytest.mark.parametrize(("dtype", "attention", "bound"), EXACT)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_float64_is_exact_on_every_family(family: str, attention: str | None) -> None:
-    subject = tiny_subject(family, torch.float64, attention)
-    with true_float64(subject.model):
-        assert worst(subject, runs(subject), every_patch(), read=(-1, 4)) < 1e-10
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_stock_library_is_exact_up_to_rounding(family: str, dtype: torch.dtype) -> None:
-    subject = tiny_subject(family, dtype)
-    assert worst(subject, runs(subject), every_patch((1, 2))) < 1e-5
+def test_every_family_is_exact_up_to_rounding(family, dtype, attention, bound) -> None:
+    subject = tiny_subject(family, dtype, attention)
+    with true_float64(subject.model) if bound < 1e-9 else nullcontext():
+        assert worst(subject, runs(subject), every_patch(), read=(-1, 4)) < bound
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -86,19 +87,6 @@ def test_both_ways_are_two_interchanges(family: str, n_pairs: int, monkeypatch: 
         torch.testing.assert_close(one, wanted, rtol=0, atol=1e-11)
         assert torch.equal(other, wanted)
     assert not torch.allclose(found[0], found[1])
-
-
-def test_the_grid_ends_in_the_clean_runs() -> None:
-    """Last residual, last position: the source's outcome. Last layer, elsewhere: the base. Everywhere: the source."""
-    subject = tiny_subject("qwen2")
-    base, source = runs(subject)
-    ends = [Patch("resid_post", 3, mask([8])), Patch("resid_post", 3, mask([7]))]
-    at = replay.interchange(subject, base, source, ends)
-    assert torch.equal(at[:, 0, 0], source.resid_post[3][:, -1])
-    assert torch.equal(at[:, 1, 0], base.resid_post[3][:, -1])
-    everywhere = [Patch("resid_post", layer, torch.ones(3, N_POS, dtype=torch.bool)) for layer in range(4)]
-    whole = replay.interchange(subject, base, source, everywhere)
-    torch.testing.assert_close(whole[:, :, 0], source.resid_post[3][:, None, -1].expand(-1, 4, -1), rtol=0, atol=2e-5)
 
 
 def test_a_sweep_calls_a_layer_once_and_none_for_what_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,23 +179,15 @@ def share_always(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("attention", [None, "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_everything_kept_is_what_a_plain_run_keeps(family: str, attention: str | None) -> None:
+def test_everything_kept_is_what_a_plain_run_keeps_and_interventions_are_exact(family, attention) -> None:
     subject = tiny_subject(family, torch.float64, attention)
     with true_float64(subject.model):
         for n in (1, N_SHARED, 8):
             plain, once = (activations.clean_run(subject, sharing(n), shared=shared) for shared in (0, n))
             for name in LAYERS:
-                for own, got in zip(getattr(plain, name), getattr(once, name), strict=True):
-                    torch.testing.assert_close(got, own, rtol=1e-10, atol=1e-12)
+                torch.testing.assert_close(getattr(once, name), getattr(plain, name), rtol=1e-10, atol=1e-12)
             torch.testing.assert_close(once.calls, plain.calls, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("attention", [None, "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_interventions_on_such_runs_are_exact(family: str, attention: str | None) -> None:
-    subject = tiny_subject(family, torch.float64, attention)
-    groups = [Patch("resid_post", 1, mask(columns)) for columns in ([1, 3], [4, 5], list(range(9)))]
-    with true_float64(subject.model):
+        groups = [Patch("resid_post", 1, mask(columns)) for columns in ([1, 3], [4, 5], list(range(9)))]
         pair = tuple(activations.clean_run(subject, sharing(N_SHARED, seed), shared=N_SHARED) for seed in (1, 2))
         assert worst(subject, pair, [*every_patch((0, 2)), *groups], read=(-1, 4)) < 1e-10
 
@@ -292,31 +272,25 @@ def test_what_is_not_live_changes_no_bit_of_an_answer_and_what_is_does(family: s
 # ---- readout ----
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_the_librarys(family: str) -> None:
-    subject = tiny_subject(family)
-    base, source = runs(subject)
-    plain = subject.model(base.tokens).logits
-    rows = torch.tensor([3, 60, 4])
-    torch.testing.assert_close(readout.logits(subject, base.resid_post[3]), plain)
-    torch.testing.assert_close(readout.logits(subject, base.resid_post[3], rows), plain[..., rows])
-    frozen = readout.logits(subject, base.resid_post[3], rows, norm_like=base.resid_post[3])
-    torch.testing.assert_close(frozen, plain[..., rows], rtol=1e-4, atol=1e-5)
-    other = readout.logits(subject, source.resid_post[3], rows, norm_like=base.resid_post[3])
-    assert not torch.allclose(other, readout.logits(subject, source.resid_post[3], rows), atol=1e-3)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_log_probs_need_no_vocabulary_at_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_and_log_probabilities_are_the_librarys(family, dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readout, "VOCABULARY_BLOCK", 7)
-    subject = tiny_subject(family, torch.float64)
+    subject, rows = tiny_subject(family, dtype), torch.tensor([3, 60, 4])
     base, source = runs(subject)
-    for factor in (1, 1000):
+    own, other = base.resid_post[3], source.resid_post[3]
+    plain = subject.model(base.tokens).logits
+    torch.testing.assert_close(readout.logits(subject, own), plain)
+    torch.testing.assert_close(readout.logits(subject, own, rows), plain[..., rows])
+    frozen, foreign = (readout.logits(subject, resid, rows, norm_like=own) for resid in (own, other))
+    torch.testing.assert_close(frozen, plain[..., rows], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(foreign, readout.logits(subject, other, rows), atol=1e-3)
+    for factor in (1, 1000) if dtype == torch.float64 else ():
         with torch.no_grad():
             subject.unembed.weight.mul_(factor)
-        for resid in (base.resid_post[3], source.resid_post[3]):
+        for resid in (own, other):
             wanted = readout.logits(subject, resid).log_softmax(-1)
-            for row in (3, 60, 4):
+            for row in rows.tolist():
                 got = readout.token_log_probs(subject, resid, torch.full(resid.shape[:-1], row))
                 torch.testing.assert_close(got, wanted[..., row], rtol=1e-10, atol=1e-10)
 

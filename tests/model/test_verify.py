@@ -2,23 +2,20 @@
 
 import copy
 import json
-import types
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import accelerate
 import pytest
 import torch
-import transformers as hf
 from accelerate.hooks import AlignDevicesHook
 from models import FAMILIES, tiny_model, tiny_subject, tokens
 from oracles import mask, runs
 from torch import nn
 
-from companion.base import errors
 from companion.base.errors import InputError
 from companion.model import architecture, memory, replay
+from companion.model.activations import on_input, on_output
 from companion.model.architecture import Subject, find_parts, hash_tensors, written_vectors
 from companion.model.interventions import Patch
 from companion.model.load import from_model
@@ -33,69 +30,43 @@ def test_every_family_passes(family: str, dtype: torch.dtype) -> None:
     from_model(tiny_model(family, dtype))
 
 
-def scaled_block(model: hf.PreTrainedModel) -> None:
-    """A hidden factor on a block's output: what the hooks see is not what is added."""
-    block = model.model.layers[2]
-    plain = block.forward
-    block.forward = lambda hidden_states, **kwargs: 0.9 * plain(hidden_states, **kwargs)
+def counted(x: torch.Tensor) -> torch.Tensor:
+    """Scaled by the number of tokens that are computed: right in a full forward, wrong in a replay."""
+    return x * x.shape[1] / 10
 
 
-def position_counter(model: hf.PreTrainedModel) -> None:
-    """Attention that scales by the length of what it is given: right in a full forward, wrong in a replay."""
-    attn = model.model.layers[1].self_attn
-    plain = type(attn).forward
-
-    def forward(self, hidden_states, **kwargs):
-        out, weights = plain(self, hidden_states, **kwargs)
-        return out * hidden_states.shape[1] / 10, weights
-
-    attn.forward = types.MethodType(forward, attn)
+def interleaved(heads: torch.Tensor) -> torch.Tensor:
+    return heads.view(*heads.shape[:2], 4, 8).mT.flatten(2)
 
 
-def scaled_logits(model: hf.PreTrainedModel) -> None:
-    model.lm_head.register_forward_hook(lambda _, __, out: 0.5 * out)
+# A part of the model, whether what it reads or what it gives is changed, how, and the refusal.
+SPOILED = [
+    ("model.layers.2", on_output, lambda x: 0.9 * x, "resid_pre [+] attn_out [+] mlp_out is not resid_post in layer 2"),
+    ("model.layers.1.self_attn", on_output, counted, "a replay of its layers differs .* use a model of a known family"),
+    ("lm_head", on_output, lambda x: 0.5 * x, "do not give the model's logits"),
+    ("model.layers.3.mlp.down_proj", on_output, lambda x: x * float("nan"), "NaN or infinity"),
+    ("model.layers.2.self_attn.o_proj", on_input, interleaved, "the heads of layer 2 do not lie side by side"),
+    ("model.layers.0.mlp.down_proj", on_output, lambda x: x + 0.1 * x.pow(2), "mlp_out is no linear map of neuron .* in layer 0"),
+]  # fmt: skip
 
 
-def nan_weight(model: hf.PreTrainedModel) -> None:
-    with torch.no_grad():
-        model.model.layers[3].mlp.down_proj.weight[0, 0] = float("nan")
-
-
-def other_reader(model: hf.PreTrainedModel) -> None:
-    """An MLP that also reads the stream below the block: the block's sum holds, what the MLP reads is another thing."""
-    block = model.model.layers[1]
-    seen = []
-    block.input_layernorm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    block.mlp.register_forward_pre_hook(lambda _, args: (args[0] + 0.5 * seen[-1],))
-
-
-def swapped_heads(model: hf.PreTrainedModel) -> None:
-    """Entries of two heads lie interleaved in the output projection's input."""
-    o_proj = model.model.layers[2].self_attn.o_proj
-    o_proj.register_forward_pre_hook(lambda _, args: (args[0].view(*args[0].shape[:2], 4, 8).mT.flatten(2),))
-
-
-def curved_projection(model: hf.PreTrainedModel) -> None:
-    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda _, __, out: out + 0.1 * out.pow(2))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (scaled_block, "resid_pre [+] attn_out [+] mlp_out is not resid_post in layer 2"),
-        (position_counter, "a replay of its layers differs from the model itself .* use a model of a known family"),
-        (scaled_logits, "do not give the model's logits"),
-        (nan_weight, "NaN or infinity"),
-        (other_reader, "the MLP, given the stream behind attention, writes something else in layer 1"),
-        (swapped_heads, "the heads of layer 2 do not lie side by side"),
-        (curved_projection, "mlp_out is no linear map of neuron entries in layer 0"),
-    ],
-)
-def test_what_cannot_be_replayed_is_refused(spoil, message: str) -> None:
+@pytest.mark.parametrize(("part", "hook", "change", "message"), SPOILED, ids=[part for part, *_ in SPOILED])
+def test_what_cannot_be_replayed_is_refused(part, hook, change, message: str) -> None:
     model = tiny_model("llama")
     from_model(model)
-    spoil(model)
+    hook(model.get_submodule(part), change)
     with pytest.raises(InputError, match=message):
+        from_model(model)
+
+
+def test_an_mlp_that_also_reads_the_stream_below_its_block_is_refused() -> None:
+    """The block's sum holds; what the MLP reads is another thing."""
+    model, seen = tiny_model("llama"), []
+    on_input(model.model.layers[1].input_layernorm, seen.append)
+    on_input(model.model.layers[1].mlp, lambda x: x + 0.5 * seen[-1])
+    with pytest.raises(
+        InputError, match="the MLP, given the stream behind attention, writes something else in layer 1"
+    ):
         from_model(model)
 
 
@@ -191,26 +162,3 @@ def test_hooks_of_what_waits_are_sent_to_the_first_gpu() -> None:
     accelerate.cpu_offload(block, execution_device=torch.device("meta"))
     architecture.connect(model, {"model.embed_tokens": "cpu", "model.layers.0": "cpu"})
     assert model(tokens()).logits.isfinite().all()
-
-
-def test_layers_go_to_other_gpus_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny_model("llama").save_pretrained(tmp_path)
-    shapes = memory.on_meta(tmp_path, torch.float32)
-    asked = memory.run_memory(shapes)
-    layer = 2 * sum(4 * p.numel() for p in shapes.layers[0].block.parameters())
-    free = {"cuda:1": asked.sweep + layer, "cuda:2": asked.sweep - 1, "cpu": asked.weights + layer}
-    free["cuda"] = asked.total - 2 * layer
-    monkeypatch.setattr(memory, "free_memory", lambda device: int(free[str(device)] / memory.USABLE) + 1)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    where = memory.placement(shapes, torch.device("cuda"))
-    assert where is not None
-    assert [where[f"model.layers.{i}"] for i in range(4)] == ["cuda:1", "cpu", "cuda", "cuda"]
-    said = memory.check_size(tmp_path, "cuda", "float32")
-    assert "1 of 4 layers lie on other GPUs; 1 of 4 layers wait in the processor's memory" in said
-    free["cpu"] = asked.weights + layer - 9
-    with pytest.raises(errors.InputError, match=r"too large for cuda: .* of cuda:1 and 0.0 GB of cuda:2 and"):
-        memory.placement(shapes, torch.device("cuda"))
-    free["cuda:0"] = free["cuda"]
-    with pytest.raises(errors.InputError, match="too large for cuda:0") as caught:  # one GPU, by its number
-        memory.placement(shapes, torch.device("cuda:0"))
-    assert "cuda:1" not in str(caught.value)
