@@ -284,7 +284,6 @@ def ensure(folder: Path, name: str, model: str, wrapper_file: Path | None, *, de
     from companion.base import thresholds
     from companion.generation import openers
     from companion.model.load import load_tokenizer
-    from companion.prompts import partners
 
     if public.is_made(folder):
         print(f"prompt set: {folder} (remove this folder to make it anew)")
