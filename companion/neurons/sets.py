@@ -55,7 +55,9 @@ class Measured:
 
 def measure_all(study: Study, columns: Mapping[str, pd.DataFrame]) -> Measured:
     """`measure_chosen` for each treatment that `columns` names and the study has, and T2 - T2b where it can be."""
-    found = {name: single.measure_chosen(study, name, columns[name]) for name in columns if name in study.treatments}
+    columns = {name: chosen for name, chosen in columns.items() if name in study.treatments}
+    said = single.last_outputs(study, columns)
+    found = {name: single.measure_chosen(study, name, chosen, said) for name, chosen in columns.items()}
     effects = {name: made for name, (made, _) in found.items()}
     if study.twins and {"T2", "T2b"} <= set(effects):
         effects["T2-T2b"] = single.difference(effects["T2"], effects["T2b"], study.twins)

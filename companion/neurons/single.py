@@ -166,19 +166,27 @@ def all_neurons(subject: Subject, layers: Sequence[int] | None = None) -> pd.Dat
     return pd.MultiIndex.from_product([chosen, range(subject.d_mlp)], names=["layer", "neuron"]).to_frame(index=False)
 
 
-def measure_chosen(study: Study, treatment: str, columns: pd.DataFrame) -> tuple[PairEffects, FinalStates]:
+def last_outputs(study: Study, columns: Mapping[str, pd.DataFrame]) -> Float[Tensor, "neuron row"] | None:
+    """`closed_form.last_layer_outputs`, if measuring these neurons of each treatment reads them."""
+    subject, last = study.subject, study.subject.n_layers - 1
+    reads = [study.openers[name].rest and (chosen.layer == last).any() for name, chosen in columns.items()]
+    return closed_form.last_layer_outputs(subject) if any(reads) and closed_form.is_closed(subject) else None
+
+
+def measure_chosen(
+    study: Study, treatment: str, columns: pd.DataFrame, said: Float[Tensor, "neuron row"] | None = None
+) -> tuple[PairEffects, FinalStates]:
     """NIE0, NIE1 and direct effect of the neurons in `columns` (layer, neuron) on every pair of a treatment, on Y1.
 
     The direct effect is the neuron's own write into the final residual stream, everything above it held and the final
-    norm's scale frozen at the base run's, as the mean of both directions.
+    norm's scale frozen at the base run's, as the mean of both directions. `said`: `last_outputs` that is at hand.
     """
     groups = estimands.batches(study.of(treatment), study.subject)
     if not groups:
         raise InputError(f"the study has no pairs of {treatment}: it has {', '.join(study.treatments)}")
     subject, openers = study.subject, study.openers[treatment]
     pairs, values, residuals, inputs = [], [], [], []
-    reads_all = openers.rest and closed_form.is_closed(subject) and (columns.layer == subject.n_layers - 1).any()
-    said = closed_form.last_layer_outputs(subject) if reads_all else None
+    said = last_outputs(study, {treatment: columns}) if said is None else said
     for group in progress(groups, desc=f"neurons, {treatment}"):
         batch = estimands.run_clean(subject, group)
         runs = batch.control, batch.treated
