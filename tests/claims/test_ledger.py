@@ -190,11 +190,11 @@ def test_a_bare_verdict_falls_among_many_and_stands_alone() -> None:
     rest = [one(claim, "inconclusive", "psi1", 0.2, 0.0, 0.4, model="other") for claim in [*STATEMENTS][:8]]
     verdicts = [bare, clear, replace(clear, rule="corrected"), *rest, Verdict("m", "C3", "not testable", "")]
     given = ledger.answers(verdicts, {})
-    table = adjusted(given).set_index(["model", "claim"])
-    assert table.adjusted["m", "C5a"] == "inconclusive" and table.adjusted["m", "C2"] == "contradicted"
-    assert table.p["m", "C5a"] < 0.05 < table.adjusted_p["m", "C5a"] and table.adjusted["m", "C3"] == "not testable"
+    left = adjusted(given).set_index(["model", "claim"])
+    assert left.adjusted["m", "C5a"] == "inconclusive" and left.adjusted["m", "C2"] == "contradicted"
+    assert left.p["m", "C5a"] < 0.05 < left.adjusted_p["m", "C5a"] and left.adjusted["m", "C3"] == "not testable"
     said, alone, other = (
-        page.to_markdown(own, some, EVIDENCE, "", invented=False)
+        page.to_markdown(own, some, pd.concat([table(FINE | LATER, one) for one in ("m", "other")]), "", invented=False)
         for own, some in (("m", given), ("m", given[:1]), ("other", given))
     )
     assert "With the 10 tests" in said and "would be undecided: C5a." in said
