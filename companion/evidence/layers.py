@@ -1,8 +1,8 @@
 """Evidence for C1, C2 and C3, and for the preconditions of every verdict: what the layer sweep knows about one study.
 
 C3 also asks a probe: can harmfulness be read off an early layer better than off the words alone? A linear probe on activations
-is compared with one on token counts, fitted on discover and scored on the topics of test, whose stems they have not seen. Only
-tokens that are the same in both prompts of a pair are read: what the probe finds there was carried in by context.
+of the tokens that both prompts of a pair share, where only context can have carried it, is compared with one on token counts.
+Both are fitted on discover and scored on the topics of test, which they have not seen.
 """
 
 from __future__ import annotations
@@ -47,15 +47,14 @@ class Layers:
 
 
 def measure_layers(study: Study, label: str, *, full_response: bool = False, direct: bool = False) -> Layers:
-    """Clean runs, effects of every layer (`sweeps.layer_tables`) and the evidence they give, under a model label.
+    """Clean runs, effects of every layer and the evidence they give, under a model label.
 
     `full_response` adds Y2 for T2 and T2b, unless each pair is costly; `direct` adds direct effects.
     """
     found = sweeps.run_sweep(study, "layers with direct effects" if direct else "layers")
     clean, effects = found["clean"], found["effects"]
     if full_response and study.of("T2", "T2b") and not study.is_costly:
-        whole = sweeps.run_sweep(study, "whole answers")["effects"]
-        effects = pd.concat([effects, whole], ignore_index=True)
+        effects = pd.concat([effects, sweeps.run_sweep(study, "whole answers")["effects"]], ignore_index=True)
     clean, effects = (estimands.with_difference(table, study.twins) for table in (clean, effects))
     rows = precondition_rows(clean, label, study.subject.n_layers)
     bits = 1 - math.log2(torch.finfo(study.subject.dtype).eps)
@@ -76,10 +75,8 @@ def precondition_rows(clean: pd.DataFrame, model: str, n_layers: int) -> Evidenc
         for treatment, part in test.groupby("treatment", sort=False)
     ]
     generation = test[test.treatment == "T2"]
-    if len(generation):
-        arrives = generation.assign(at=depth(generation.earliest, n_layers))
-        rows.append(mean_row(arrives, "at", model, "gate", "earliest possible depth"))
-    return rows
+    arrives = generation.assign(at=depth(generation.earliest, n_layers))
+    return rows + ([mean_row(arrives, "at", model, "gate", "earliest possible depth")] if len(arrives) else [])
 
 
 def evidence_c1(table: pd.DataFrame, model: str, n_layers: int) -> EvidenceRows:
@@ -119,8 +116,7 @@ def evidence_c2(
 ) -> EvidenceRows:
     """C2, MLP not attention: MLP share of total (NIE) and of direct effects, raw and under each normalisation.
 
-    `scales` maps a normalisation to its divisor by (site, layer). Direct effects are those of the frozen-norm linear
-    contrast, which add up to its total effect.
+    `scales` maps a normalisation to its divisor by (site, layer). Direct effects are those of the frozen-norm linear contrast.
     """
     rows: EvidenceRows = []
     treatment = summaries.primary(totals)
@@ -197,8 +193,8 @@ def shared_token_features(
 def auroc(scores: Mapping[str, Float[np.ndarray, "pair side"]], topics: Sequence[str]) -> bootstrap.Estimates:
     """AUROC of each set of scores, then the gain of the first over the second, topics resampled.
 
-    It counts, over all (treated, control) prompts of any two pairs, how often the treated one scores higher (ties count
-    half). With one weight a topic it is a quadratic form in the weights.
+    It counts, over all (treated, control) prompts of any two pairs, how often the treated one scores higher (ties: half). With
+    one weight a topic it is a quadratic form in the weights.
     """
     names, codes = np.unique(np.asarray(topics), return_inverse=True)
     member = np.eye(len(names))[codes]

@@ -6,6 +6,7 @@ rule reads it: it says how far a verdict is one on these wrappers alone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +29,6 @@ FILES = {  # in a run's folder
     "layers": "02_layers.parquet", "computed": "02_computed.parquet", "modules": "03_modules.parquet",
     "carried": "05_carried.parquet",
 }  # fmt: skip
-COLUMNS = ("claim", "quantity", "drawn with topics", "topics", "levels", "estimate", "low", "high", "low both", "high both",
-           "wider")  # fmt: skip
 
 
 def second_level(pairs: Iterable[Pair]) -> dict[str, str]:
@@ -43,22 +42,20 @@ def second_level(pairs: Iterable[Pair]) -> dict[str, str]:
             start, end = pair.spans.get("treated", {}).get("verb", (0, 0))
             found[pair.id] = pair.treated[start:end]
         elif pair.treatment in ("T2", "T2b"):
-            frame, _, tier = pair.family.rpartition("-")
-            found[pair.id] = frame if frame and tier.isdigit() else pair.family
+            found[pair.id] = re.sub(r"(?<=.)-\d+$", "", pair.family)
     return {name: level for name, level in found.items() if level}
 
 
 def read_effects(folder: Path) -> dict[str, pd.DataFrame]:
     """The pair-level tables of a run that `two_way_table` can use, as far as the run left them (`FILES`)."""
-    found = {name: folder / file for name, file in FILES.items()}
-    return {name: read_table(path, EFFECTS) for name, path in found.items() if path.is_file()}
+    return {name: read_table(folder / file, EFFECTS) for name, file in FILES.items() if (folder / file).is_file()}
 
 
 def two_way_table(tables: Mapping[str, pd.DataFrame], pairs: Iterable[Pair]) -> pd.DataFrame | NotDefined:
     """Key numbers of C1 to C4 with their interval over topics, and that over topics and wrapper families, or verbs.
 
-    `tables` are pair-level effects by name, whichever of `FILES` a run has. Columns `COLUMNS`; `wider` is the ratio of the
-    widths. A number whose pairs share one family or verb has no row; NotDefined where none has a row.
+    `tables` are pair-level effects by name, whichever of `FILES` a run has; `wider` is the ratio of the widths. A number whose
+    pairs share one family or verb has no row; NotDefined where none has a row.
     """
     level, rows = second_level(pairs), []
     for claim, quantity, name, asked in KEY_NUMBERS:
@@ -66,7 +63,8 @@ def two_way_table(tables: Mapping[str, pd.DataFrame], pairs: Iterable[Pair]) -> 
         if share is None:
             continue
         table = share.table.assign(level=share.table.pair_id.map(level)).dropna(subset="level")
-        if table.level.nunique() < 2 or table.topic.nunique() < 2:
+        n_topics, n_levels = table.topic.nunique(), table.level.nunique()
+        if min(n_topics, n_levels) < 2:
             continue
         one = replace(share, table=table).estimates()
         cells = table.assign(topic=list(zip(table.topic, table.level, strict=True)))
@@ -76,10 +74,11 @@ def two_way_table(tables: Mapping[str, pd.DataFrame], pairs: Iterable[Pair]) -> 
         ends = [float(x[0]) for x in (one.estimate, one.low, one.high, both.low, both.high)]
         factor = "verbs" if table.treatment.iloc[0] == "T1" else "wrapper families"
         wider = (ends[4] - ends[3]) / (ends[2] - ends[1]) if ends[2] > ends[1] else np.nan
-        rows.append((claim, quantity, factor, table.topic.nunique(), table.level.nunique(), *ends, wider))
+        rows.append((claim, quantity, factor, n_topics, n_levels, *ends, wider))
     if not rows:
         return NotDefined("Two samples need pairs of at least two wrapper families, or of two verbs.")
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    columns = ["claim", "quantity", "drawn with topics", "topics", "levels", "estimate", "low", "high", "low both"]
+    return pd.DataFrame(rows, columns=[*columns, "high both", "wider"])
 
 
 def _carried(table: pd.DataFrame) -> Quantity | None:
