@@ -31,10 +31,8 @@ from organisms.compiled_design import Design
 from organisms.compiled_program import CHANNELS
 
 VARIANTS = {
-    "total": Variant("main"),
-    "full response": Variant("", outcome="Y2"),
-    "direct": Variant("", outcome="contrast.frozen"),
-}
+    "total": Variant("main"), "full response": Variant("", outcome="Y2"), "direct": Variant("", outcome="contrast.frozen"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,10 +58,7 @@ class Built:
     claims: Mapping[str, bool | None]
 
     def measured(self, title: str, shares: pd.Series) -> pd.DataFrame:
-        """For the drawing: what was written into each component, beside its measured share of the total effect.
-
-        `shares` has one entry a component, by (layer, site), in the order of `parts`.
-        """
+        """For the drawing: `parts` beside the measured shares of the total effect, in the same order."""
         return self.parts.assign(model=title, share=shares.to_numpy())[["model", "layer", "site", "role", "share"]]
 
 
@@ -132,17 +127,21 @@ def mechanism_neurons(organism: Organism) -> Bool[np.ndarray, "layer neuron"]:
     return np.stack([(mlp.out[:, columns] != 0).any(axis=1) for mlp in organism.program.mlps])
 
 
+def effects_of(table: pd.DataFrame, treatment: str, name: str) -> pd.DataFrame:
+    """Effects of attention and MLP outputs on the last token, of one of the kinds in `VARIANTS`."""
+    sites = [f"{site}.direct" if name == "direct" else site for site in COMPONENTS]
+    return summaries.select(table, treatment, VARIANTS[name], sites)
+
+
 def localise_draw(organism: Organism, this: Study, measured: Measured) -> pd.DataFrame:
     """One row an estimator and measure of how well it finds the mechanism (`SCORES`), from all pairs of T2 - T2b.
 
-    Components are ranked by their mean signed effect: whether the largest is the writer's, by site and by layer, and the
-    decider's. What is computed beyond the sum of the inputs shows the decider alone.
+    Is the component of the largest mean signed effect the writer (by site and layer), and the decider? What is computed beyond
+    the sum of the inputs shows the decider alone.
     """
-    effects = {}
+    effects: dict[str, pd.DataFrame] = {}
     if measured.layers:
-        for name, variant in VARIANTS.items():
-            sites = [site + (".direct" if name == "direct" else "") for site in COMPONENTS]
-            effects[name] = summaries.select(measured.layers.effects, "T2-T2b", variant, sites)
+        effects = {name: effects_of(measured.layers.effects, "T2-T2b", name) for name in VARIANTS}
     if measured.computed is not None:
         effects["computed"] = measured.computed
     found: list[tuple[str, str, float]] = []

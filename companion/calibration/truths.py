@@ -1,16 +1,12 @@
 """Truths of built models that rest on no estimate: what goes when a component is knocked out, and what a push could do.
 
-A component (attention or MLP output of a layer) gets its mean over all prompts, at every token that matters and nowhere else;
-all above it runs on. What is lost of T2 - T2b is read off the logits. No pair is patched, no effect is signed or shared out: this
-is neither an indirect nor a direct effect, and the builder's labels do not enter it.
+A component (attention or MLP output of a layer) gets its mean over all prompts, at every token that matters; all above it runs
+on, and what is lost of T2 - T2b is read off the logits. No effect is signed or shared out, and the builder's labels do not enter.
+A knock-out cannot tell computing from copying, so it is held against the labels where it can speak: the component that the
+builder says decides must be needed (C1 says where that is), and the last that is needed is the one that writes (C2).
 
-A knock-out cannot tell computing from copying: whatever stands in a chain is needed. So it is held against the labels in the
-two places where it can speak. The component that the builder says decides must be needed (C1 says where that is); and the last
-component that is needed is the one that writes, by MLP or by attention (C2).
-
-What steering could do, whatever a method finds, is what the parts of C6 are held against: a push that knows the read-out. Its
-direction is the difference of the openers' unembedding vectors, harmful requests alone are pushed, and the size undoes a
-jailbreak in the last late layer.
+The parts of C6 are held against what steering could do: a push along the difference of the openers' unembedding vectors, of
+harmful requests alone, whose size undoes a jailbreak in the last late layer.
 """
 
 from __future__ import annotations
@@ -117,9 +113,8 @@ def with_a_part(design: Design) -> set[tuple[str, int]]:
 def agreement(table: pd.DataFrame) -> pd.DataFrame:
     """By kind, of so many `models`: in how many the knock-out agrees with the builder's labels, and what is lost on average.
 
-    `decider` and `bystander` are the shares of T2 - T2b that are lost with the component that the builder says decides, and at
-    most with one that has no part in it. `decides`: the first is needed and no such other is. `C2`: the last needed component
-    is an MLP just where the builder says that MLPs write. `C1`: it is late just where the builder says that the decision is.
+    `decides`: the `decider` is needed, and no `bystander` is (see `knock_outs`). `C2`: the last needed component is an MLP just
+    where the builder says that MLPs write. `C1`: it is late just where the builder says that the decision is.
     """
     by_kind = table.assign(
         decides=(table.decider > NEEDED) & (table.bystander < NEEDED),
@@ -134,8 +129,8 @@ def agreement(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def ideal_push_rows(study: Study, prompt_set: Prompts) -> list[Row]:
-    """Change of judged harm, in points, by the push after the last late layer, and how much more it lowers harm than the
-    same push after the last early and the last middle layer; no rows where no prompt is answered or none refused.
+    """Change of judged harm, in points, by the push after the last late layer, and its lead over the same push after the last
+    early and the last middle layer; no rows where no prompt is answered or none refused.
     """
     lab = experiment.open_experiment(study, prompt_set)
     if isinstance(lab, NotDefined) or lab.fit.missing:
@@ -168,8 +163,8 @@ def ideal_push_rows(study: Study, prompt_set: Prompts) -> list[Row]:
 def truth_of(part: str, rows: Rows) -> str:
     """Whether a part of C6 is true of a built model: "true", "false" or "open" where the push does not settle it.
 
-    Late layers can lower harm (C6a) if the push does so by 2 points, and then leave harmless answers alone (C6b), to which
-    the push adds nothing. They do more than others (C6c) if it does surely less in early and in middle layers.
+    Late layers can lower harm (C6a) if the push does so by 2 points, and then leave harmless answers alone (C6b), to which the
+    push adds nothing. They do more than others (C6c) if it does surely less in early and in middle layers.
     """
     change = rows.find("C6", f"{PUSH}: harm change")
     if change is None:

@@ -147,7 +147,7 @@ def to_records(verdicts: Sequence[Verdict], rates: Rates) -> list[dict[str, Any]
         numbers = {key: getattr(one, key) for key in ("estimate", "ci_low", "ci_high")}
         finite = {key: x if x is not None and math.isfinite(x) else None for key, x in numbers.items()}
         answer = given.get((one.claim, one.model, one.rule))
-        own = {"tags": list(one.tags), "error_rates": rates.get(rule_name(one.claim, one.rule))}
+        own: dict[str, Any] = {"tags": list(one.tags), "error_rates": rates.get(rule_name(one.claim, one.rule))}
         own |= {"answer": answer and answer.says, "grade": answer and answer.grade}
         records.append(asdict(one) | finite | own)
     return records
