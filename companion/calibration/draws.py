@@ -24,9 +24,8 @@ from companion.base.errors import InputError
 from companion.base.files import EVIDENCE, write_table
 from companion.base.thresholds import MLP_SHARE, MLP_SHARE_WITH_OWN, UNTRAINED, deepest_early_layer
 from companion.calibration.campaign import SCHEMAS, SCORES, code_version, read_shipped, run_campaign
-from companion.calibration.localise import Measured, localise_draw
 from companion.calibration.rates import CONTRADICTED_TO, FRESH_LAST, FRESH_LATER, SUPPORTED_FROM
-from companion.calibration.truths import ideal_push_rows, truth_of
+from companion.calibration.truths import Measured, ideal_push_rows, localise_draw, truth_of
 from companion.claims.corrected_rules import C6_PARTS
 from companion.claims.ledger import KEYS, ledger, rule_name
 from companion.claims.registered_rules import PSI

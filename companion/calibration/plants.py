@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from companion.base import files, folders, paths, smollm2, thresholds
-from companion.calibration import localise
+from companion.calibration import truths
 from companion.calibration.campaign import SCHEMAS, code_version, read_shipped, run_campaign
 from companion.mediation import estimands, study, summaries, sweeps
 from companion.stats import clusters
@@ -74,7 +74,7 @@ def real_shares(part: str, after: pd.DataFrame, before: pd.DataFrame) -> pd.Data
 
 def _by_place(effects: pd.DataFrame, treatment: str, effect: str) -> pd.DataFrame:
     """NIE summed over the components of each place, and TE, by (pair_id, topic, site, third)."""
-    table = summaries.averaged(localise.effects_of(effects, treatment, effect))
+    table = summaries.averaged(truths.effects_of(effects, treatment, effect))
     at = thresholds.depth(table.layer, int(table.layer.max()) + 1)
     third = np.array(THIRDS)[(at > thresholds.EARLY).astype(int) + (at > thresholds.LATE)]
     table = table.assign(site=table.site.str.removesuffix(".direct"), third=third)

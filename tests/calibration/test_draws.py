@@ -14,7 +14,7 @@ from rows import table as made_table
 
 from companion.base.errors import InputError
 from companion.base.thresholds import POINTS, UNTRAINED
-from companion.calibration import draws, localise, rates
+from companion.calibration import draws, rates, truths
 from companion.calibration.campaign import read_shipped
 from companion.calibration.draws import FRESH, FRESH_NEAR, PlannedDraw
 from companion.calibration.rates import FRESH_LAST, FRESH_LATER, JUDGED_FROM, UNSEEN
@@ -47,7 +47,7 @@ def few_pairs(organism: compiled.Organism) -> Study:
 
 
 @cache
-def measured_organism() -> localise.Measured:
+def measured_organism() -> truths.Measured:
     return draws.measure_study(few_pairs(gated_organism()), gated_organism().name)
 
 
@@ -59,7 +59,7 @@ MAIN = [draw for draw in PLAN if draw.purpose == "main"]
 
 
 @cache
-def truths(kind: str) -> Mapping[str, bool | None]:
+def built_claims(kind: str) -> Mapping[str, bool | None]:
     return compiled.draw(kind, FRESH, topics=10, pairs_per_topic=1).claims
 
 
@@ -67,7 +67,7 @@ def truths(kind: str) -> Mapping[str, bool | None]:
 def test_the_plan_has_enough_nulls_of_every_claim(claim: str) -> None:
     """A corrected rule that is younger than some draws is judged on the others only."""
     planned = [draw for draw in MAIN if draw.part == draws.PART_OF[claim]]
-    own = [draw for draw in planned if truths(draw.kind)[claim] is False]
+    own = [draw for draw in planned if built_claims(draw.kind)[claim] is False]
     assert len(own) >= ENOUGH_NULLS
     assert sum(draw.seed >= JUDGED_FROM.get(claim, 0) for draw in own) >= ENOUGH_NULLS
 
@@ -170,7 +170,7 @@ def test_a_push_that_knows_the_read_out_lowers_harm_where_it_is_read(monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("change", "early", "mid", "truths"),
+    ("change", "early", "mid", "expected"),
     [
         ((-20, -25, -15), (9, 5, 13), (9, 5, 13), "true true"),
         ((-20, -25, -15), (9, 5, 13), (0, -1, 1), "true false"),
@@ -180,10 +180,10 @@ def test_a_push_that_knows_the_read_out_lowers_harm_where_it_is_read(monkeypatch
         (None, None, None, "open open"),
     ],
 )
-def test_the_truth_of_c6_is_what_an_ideal_push_does(change, early, mid, truths):
+def test_the_truth_of_c6_is_what_an_ideal_push_does(change, early, mid, expected):
     found = {"harm change": change, "advantage over early": early, "advantage over mid": mid}
     table = made_table({("C6", f"{PUSH}: {name}", "main"): numbers for name, numbers in found.items()})
-    lowers, best = truths.split()
+    lowers, best = expected.split()
     assert [truth_of(part, Rows("m", table)) for part in ("C6a", "C6b", "C6c")] == [lowers, lowers, best]
 
 
@@ -275,39 +275,39 @@ def test_rules_of_today_say_of_the_stored_evidence_what_is_stored() -> None:
     assert len(known) > 50 and [asked[key] for key in known] == stored[known].to_list()
 
 
-# ---- localise ----
+# ---- what was built where ----
 
 
 def test_the_writer_has_the_largest_direct_effect() -> None:
     organism = gated_organism()
-    scores = localise.localise_draw(organism, few_pairs(organism), measured_organism())
+    scores = truths.localise_draw(organism, few_pairs(organism), measured_organism())
     table = scores.set_index(["estimator", "what"]).value
     assert {"total", "direct", "computed", "window", "gradient screen"} == set(scores.estimator)
     assert table["direct", "layer error"] == 0 and table["direct", "module accuracy"] == 1
-    assert table["total", "neurons, auroc"] > 0.95 and localise.mechanism_neurons(organism).sum() >= 2
+    assert table["total", "neurons, auroc"] > 0.95 and truths.mechanism_neurons(organism).sum() >= 2
     assert table["computed", "decision found"] == 1 and table["computed", "decision, layer error"] == 0
 
 
 def test_what_is_copied_from_the_end_token_enters_by_the_copying() -> None:
     made = compiled.draw("skip_only", 0, topics=10, pairs_per_topic=1)
-    assert localise.writer(made.design) == ("attn_out", made.design.write_layer)
-    assert localise.decider(made.design) == ("mlp_out", made.design.stages[0].layer)
+    assert truths.writer(made.design) == ("attn_out", made.design.write_layer)
+    assert truths.decider(made.design) == ("mlp_out", made.design.stages[0].layer)
     without_side = replace(made, design=replace(made.design, side=None))
-    assert localise.mechanism_components(without_side.design) == {localise.writer(made.design)}
+    assert truths.mechanism_components(without_side.design) == {truths.writer(made.design)}
     assert draw_design("skip_only", 0).stages[0].target == "stage0"
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in HELD_OUT])
 def test_what_is_written_where_names_the_one_that_decides_and_the_one_that_writes(kind: str) -> None:
     design = draw_design(kind, 11)
-    roles = localise.written_parts(design).set_index(["site", "layer"]).role
-    assert "decides" in roles[localise.decider(design)]
-    assert ("copies" if design.writer == "copy" else "writes") in roles[localise.writer(design)]
+    roles = truths.written_parts(design).set_index(["site", "layer"]).role
+    assert "decides" in roles[truths.decider(design)]
+    assert ("copies" if design.writer == "copy" else "writes") in roles[truths.writer(design)]
     assert roles.str.contains("decides").sum() == 1 and len(roles) == 2 * design.n_layers
 
 
 def test_a_built_model_comes_with_the_effect_of_each_pair() -> None:
-    one = localise.built("skip_only", 11)
+    one = truths.built("skip_only", 11)
     pair = one.study.of("T2")[0]
     found = estimands.measure_effects(
         one.study.subject, [pair], one.study.openers, estimands.mediators(one.study.subject, ["mlp_out"]), ("Y1",)

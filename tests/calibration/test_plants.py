@@ -11,7 +11,7 @@ from companion.base.files import hash_file
 from companion.base.thresholds import COMPONENTS
 from companion.calibration import plants, truths
 from companion.calibration.campaign import read_shipped
-from companion.calibration.localise import decider
+from companion.calibration.truths import decider
 from companion.mediation.estimands import with_estimands
 from organisms import compiled, compiled_language, refuser
 

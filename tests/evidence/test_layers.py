@@ -17,8 +17,8 @@ from sklearn.metrics import roc_auc_score
 from companion.base import files
 from companion.base.display import NotDefined
 from companion.base.files import EVIDENCE
-from companion.evidence import layers, tokens, two_way
-from companion.evidence.two_way import second_level, two_way_table
+from companion.evidence import layers, tokens
+from companion.evidence.layers import second_level, two_way_table
 from companion.mediation import estimands
 from companion.model import activations
 from companion.model.architecture import Subject
@@ -238,7 +238,7 @@ def test_features_are_means_over_shared_tokens() -> None:
     assert (features[[p.pair.id for p in ordered].index("p1")] == 0).all() and np.isfinite(features).all()
 
 
-# ---- two way ----
+# ---- two samples ----
 
 DESIGN, TOPICS = draw_design("split_decision", 600), 40
 
@@ -286,9 +286,9 @@ def test_one_family_is_no_sample_of_families(effects: tuple, tmp_path: Path) -> 
     tables, pairs = effects
     one = two_way_table({"modules": tables["modules"]}, [with_words(p, 1) for p in pairs])
     assert isinstance(one, NotDefined) and "families" in str(one)
-    assert two_way.read_effects(tmp_path) == {}
-    files.write_table(tables["carried"], tmp_path / two_way.FILES["carried"])
-    (read,) = two_way.read_effects(tmp_path).values()
+    assert layers.read_effects(tmp_path) == {}
+    files.write_table(tables["carried"], tmp_path / layers.FILES["carried"])
+    (read,) = layers.read_effects(tmp_path).values()
     pd.testing.assert_frame_equal(read, tables["carried"], check_like=True)
     pair = with_words(pairs[1], 3)
     assert second_level([replace(pair, treatment="T2", family="tale-4"), replace(pair, id="x", treatment="B1")]) == {

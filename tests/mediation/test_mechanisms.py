@@ -10,7 +10,7 @@ from models import BIAS, FAMILIES, FIRST, N_LAYERS, OUT, SIZE, Program, compiled
 from models import tokens as some_tokens
 from oracles import cue_study, true_float64
 
-from companion.calibration.localise import decider
+from companion.calibration.truths import decider
 from companion.evidence import layers
 from companion.mediation import mechanisms, study, summaries, tokens
 from companion.mediation.study import Study
