@@ -20,8 +20,7 @@ import numpy as np
 import pandas as pd
 
 from companion.base import paths
-from companion.base.errors import InputError
-from companion.base.files import EVIDENCE, write_table
+from companion.base.files import EVIDENCE
 from companion.base.thresholds import MLP_SHARE, MLP_SHARE_WITH_OWN, UNTRAINED, deepest_early_layer
 from companion.calibration.campaign import SCHEMAS, SCORES, code_version, read_shipped, run_campaign
 from companion.calibration.rates import CONTRADICTED_TO, FRESH_LAST, FRESH_LATER, SUPPORTED_FROM
@@ -274,37 +273,6 @@ def shipped_keys() -> set[tuple[object, ...]]:
     columns = [table.purpose, table.claim.map(PART_OF), table.kind, table.seed, table.topics, table.pairs]
     effects = table.effect.where(~table.purpose.isin(("main", "threshold", "held-out"))).round(6)
     return {(*rest, None if size != size else size) for *rest, size in zip(*columns, effects, strict=True)}
-
-
-def judged_again(folder: Path = paths.CALIBRATION, *, every: int = 1) -> list[tuple[str, int, Verdict]]:
-    """What the rules of today say of the stored evidence of every n-th draw: kind, seed and verdict."""
-    groups = list(read_shipped("evidence", folder).groupby(["part", "kind", "seed"]))
-    return [
-        (kind, seed, one)
-        for (part, kind, seed), evidence in groups[::every]
-        for one in judged(evidence, f"compiled-{kind}-{seed}", part)
-    ]
-
-
-def rejudge(claims: Collection[str], folder: Path = paths.CALIBRATION) -> None:
-    """After a change of corrected rules: put what they say of the stored evidence into the shipped verdicts; no model is run.
-
-    Only draws whose evidence is kept can be asked again: corrected verdicts of the power curves are taken out.
-    """
-    table = read_shipped("verdicts", folder)
-    is_asked, is_main = (table.rule == "corrected") & table.claim.isin(claims), table.purpose == "main"
-    asked = table.loc[is_asked & is_main, ["kind", "seed", "claim"]]
-    at = dict(zip(asked.itertuples(index=False, name=None), asked.index, strict=True))
-    table = table[~is_asked | is_main]
-    names = ["verdict", "quantity", "estimate", "ci_low", "ci_high", "reason"]
-    for kind, seed, one in judged_again(folder):
-        if one.rule == "corrected" and (kind, seed, one.claim) in at:
-            said = [getattr(one, name) for name in names]
-            table.loc[at.pop((kind, seed, one.claim)), [*names, "code"]] = [*said, code_version()]
-    if at:
-        why = f"{len(at)} stored verdicts have no evidence to judge again"
-        raise InputError(f"{why}, the first is {min(at)}: measure them")
-    write_table(table, folder / "verdicts.parquet")
 
 
 def verdicts_without_sampling(
