@@ -314,50 +314,41 @@ def families(*numbers: Number) -> Numbers:
     return {("C3", PSI, f"family {name}"): found for name, found in zip("abc", numbers, strict=False)}
 
 
-CASES = [  # claim, evidence, what the registered rule says of it, and the corrected one
-    ("C1", computed(LATE), "supported", "supported"),
-    ("C1", computed(LATE) | row(*CENTROID, (0.0, -0.1, 0.1)), "inconclusive", "inconclusive"),
-    # What fetches the wrapper is early: no contradiction.
-    ("C1", computed(LATE) | row(*CENTROID, (-0.2, -0.3, -0.1)), "contradicted", "inconclusive"),
-    ("C1", computed((0.5, 0.3, 0.7)), "supported", "inconclusive"),
-    ("C1", computed(EARLY), "supported", "contradicted"),  # copied late, computed before
+SIGNS = {"supported": "+", "contradicted": "-", "inconclusive": "?", "not testable": "0"}
+# Claim, evidence, and what the registered rule says of it, and the corrected one, by `SIGNS`.
+CASES = [
+    ("C1", computed(LATE), "++"), ("C1", computed(LATE) | row(*CENTROID, (0.0, -0.1, 0.1)), "??"),
+    ("C1", computed(LATE) | row(*CENTROID, (-0.2, -0.3, -0.1)), "-?"),  # what fetches the wrapper is early
+    ("C1", computed((0.5, 0.3, 0.7)), "+?"), ("C1", computed(EARLY), "+-"),  # copied late, computed before
     # The interval of the centroid difference holds spread over behaviours, and over the topics of harm.
-    ("C1", computed(LATE) | row("C1", "centroid B1", (0.1, 0.1, 0.1)), "supported", "inconclusive"),
-    ("C1", computed(LATE) | row("C1", "centroid T2-T2b", (0.7, 0.5, 0.9)), "supported", "inconclusive"),
-    ("C1", computed(LATE) | row("C1", "centroid B1", None), "inconclusive", "inconclusive"),
-    ("C2", HALF_NIE | row("C2", DIRECT, LATE), "inconclusive", "supported"),
-    ("C2", HALF_NIE | row("C2", DIRECT, EARLY), "inconclusive", "contradicted"),
-    ("C2", HALF_NIE | row("C2", DIRECT, (0.6, 0.5, 0.7)), "inconclusive", "inconclusive"),
-    ("C3", NO_PROBE, "inconclusive", "inconclusive"),
-    ("C3", NO_PROBE | NO_PSI0, "inconclusive", "contradicted"),
+    ("C1", computed(LATE) | row("C1", "centroid B1", (0.1, 0.1, 0.1)), "+?"),
+    ("C1", computed(LATE) | row("C1", "centroid T2-T2b", (0.7, 0.5, 0.9)), "+?"),
+    ("C1", computed(LATE) | row("C1", "centroid B1", None), "??"), ("C2", HALF_NIE | row("C2", DIRECT, LATE), "?+"),
+    ("C2", HALF_NIE | row("C2", DIRECT, EARLY), "?-"), ("C2", HALF_NIE | row("C2", DIRECT, (0.6, 0.5, 0.7)), "??"),
+    ("C3", NO_PROBE, "??"), ("C3", NO_PROBE | NO_PSI0, "?-"),
     # Every named family must pass, whatever the mean over them.
-    ("C3", families(WHOLE, WHOLE, (0.4, 0.3, 0.5)), "supported", "supported"),
-    ("C3", families(WHOLE, WHOLE, PART), "supported", "inconclusive"),
-    ("C3", families(WHOLE, NIL, NIL), "supported", "inconclusive"),
-    ("C3", families(NIL, NIL, (0.05, 0.0, 0.1)), "supported", "contradicted"),
-    ("C3", NO_PSI0 | families(NIL, NIL, PART), "contradicted", "inconclusive"),
-    ("C3", families(WHOLE, WHOLE) | row("C3", "AUROC gain", (0.04, 0.01, 0.07)), "inconclusive", "inconclusive"),
-    ("C4", NOTHING_ABOVE | row(*WITH_OWN, (0.9, 0.6, 1.0), *FROZEN), "contradicted", "supported"),
-    ("C4", NOTHING_ABOVE | row(*WITH_OWN, (0.9, 0.59, 1.0), *FROZEN), "contradicted", "inconclusive"),
-    ("C4", NOTHING_ABOVE | row(*WITH_OWN, (0.2, 0.1, 0.4), *FROZEN), "contradicted", "contradicted"),
-    ("C5a", NO_ORDER, "inconclusive", "inconclusive"),
-    ("C5a", NO_ORDER | NO_PSI1, "inconclusive", "contradicted"),
-    ("C5c", {}, "supported", "not testable"),  # answers were labelled by their opener
-    ("C5c", BY_CONTENT, "inconclusive", "contradicted"),
-]
+    ("C3", families(WHOLE, WHOLE, (0.4, 0.3, 0.5)), "++"), ("C3", families(WHOLE, WHOLE, PART), "+?"),
+    ("C3", families(WHOLE, NIL, NIL), "+?"), ("C3", families(NIL, NIL, (0.05, 0.0, 0.1)), "+-"),
+    ("C3", NO_PSI0 | families(NIL, NIL, PART), "-?"),
+    ("C3", families(WHOLE, WHOLE) | row("C3", "AUROC gain", (0.04, 0.01, 0.07)), "??"),
+    ("C4", NOTHING_ABOVE | row(*WITH_OWN, (0.9, 0.6, 1.0), *FROZEN), "-+"),
+    ("C4", NOTHING_ABOVE | row(*WITH_OWN, (0.9, 0.59, 1.0), *FROZEN), "-?"),
+    ("C4", NOTHING_ABOVE | row(*WITH_OWN, (0.2, 0.1, 0.4), *FROZEN), "--"), ("C5a", NO_ORDER, "??"),
+    ("C5a", NO_ORDER | NO_PSI1, "?-"), ("C5c", {}, "+0"),  # answers were labelled by their opener
+    ("C5c", BY_CONTENT, "?-"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("claim", "changes", "registered", "corrected"), CASES)
-def test_a_corrected_rule_beside_the_registered_one(claim: str, changes: dict, registered: str, corrected: str) -> None:
-    assert (judge(claim, changes).verdict, correct(claim, changes).verdict) == (registered, corrected)
+@pytest.mark.parametrize(("claim", "changes", "said"), CASES)
+def test_a_corrected_rule_beside_the_registered_one(claim: str, changes: dict, said: str) -> None:
+    assert SIGNS[judge(claim, changes).verdict] + SIGNS[correct(claim, changes).verdict] == said
 
 
 def test_behaviours_are_a_sample_in_the_interval_of_the_centroid_difference() -> None:
     benign = [0.773, 0.815, 0.811, 0.736, 0.738, 0.763]
     numbers = {("C1", f"centroid B{i}", "main"): (value,) * 3 for i, value in enumerate(benign, start=1)}
-    numbers |= row("C1", "centroid difference", (0.0676, 0.0635, 0.0719)) | row(
-        "C1", "centroid T2-T2b", (0.84, 0.8, 0.88)
-    )
+    numbers |= row("C1", "centroid difference", (0.0676, 0.0635, 0.0719))
+    numbers |= row("C1", "centroid T2-T2b", (0.84, 0.8, 0.88))
     found = corrected_rules.centroid_over_behaviours(Rows("m", table(FINE | numbers)))
     half = 2.5706 * (np.var(benign, ddof=1) / 6 + (0.08 / 3.92) ** 2) ** 0.5
     assert found is not None
@@ -397,7 +388,7 @@ def c6(quantity: str, *numbers: float, variant: str = "main") -> dict:
     return row("C6", quantity, (numbers[0], numbers[-2], numbers[-1]) if numbers else None, variant)
 
 
-# Evidence, and what the rules say of C6a, C6b and C6c: "+" supported, "-" contradicted, "?" inconclusive.
+# Evidence, and what the rules say of C6a, C6b and C6c, by `SIGNS`.
 PARTS = [
     ({}, "+++"), (c6("harm change", -1.9, -2.5, -1.0), "?++"), (c6("harm change", -1.0, -1.9, -0.5), "-++"),
     (c6("harm change", -30.0, -60.0, 0.5), "?++"), (c6("phi", 0.8, 0.7, 0.9), "?++"),
@@ -420,8 +411,7 @@ PARTS = [
 
 @pytest.mark.parametrize(("changes", "said"), PARTS)
 def test_each_part_of_c6_is_asked_alone(changes: dict, said: str) -> None:
-    signs = {"supported": "+", "contradicted": "-", "inconclusive": "?"}
-    assert "".join(signs[correct(part, changes).verdict] for part in corrected_rules.C6_PARTS) == said
+    assert "".join(SIGNS[correct(part, changes).verdict] for part in corrected_rules.C6_PARTS) == said
 
 
 def test_preservation_rests_on_enough_prompts_and_shows_the_cost_that_decides() -> None:
