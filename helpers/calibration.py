@@ -10,10 +10,10 @@ import pandas as pd
 from companion.base.display import NotDefined
 from companion.calibration import plants, rates
 from companion.calibration.campaign import read_shipped
-from companion.calibration.localise import built as built_model
 from companion.calibration.plants import trained_places
 from companion.calibration.rates import interval_coverage
 from companion.calibration.truths import agreement
+from companion.calibration.truths import built as built_model
 from companion.claims import ledger
 from companion.claims.corrected_rules import STATEMENTS
 from companion.claims.page import NAMES

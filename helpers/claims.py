@@ -84,7 +84,7 @@ def two_way_intervals(judged: Judged, prompts: str) -> pd.DataFrame | NotDefined
 
     `wider` is the ratio of their widths; kept as `08_two_way.csv`. Not defined where a set has one family.
     """
-    from companion.evidence.two_way import read_effects, two_way_table  # only here: it imports torch
+    from companion.evidence.layers import read_effects, two_way_table  # only here: it imports torch
 
     found = two_way_table(read_effects(results_dir(judged.slug)), load_set(prompts).pairs)
     write_table(found, results_dir(judged.slug) / "08_two_way.csv")

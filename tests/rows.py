@@ -21,7 +21,6 @@ LATE_MLP = {("mlp_out", 5): 3.0, ("attn_out", 4): 1.0, ("mlp_out", 0): 0.6, ("at
 def effect_table(
     cells: Mapping[tuple[str, int], float | tuple[float, float]] = LATE_MLP, *, treatment: str = "T2", outcome: str = "Y1",
     te: float = 4.0, start: float = -2.0, spread: float = 0.3, noise: float = 0.0, seed: int = 0, topics: str = "topic",
-    sites: tuple[str, ...] = COMPONENTS, n_layers: int = N_LAYERS,
 ) -> pd.DataFrame:  # fmt: skip
     """One row a pair and cell of all sites and layers, two pairs of each of 50 topics; a cell not named has no effect.
 
@@ -31,11 +30,9 @@ def effect_table(
     rng, rows = np.random.default_rng(seed), []
     name = treatment.removesuffix("-T2b")  # a difference belongs to its T2 pair
     for topic, k in product(range(50), range(2)):
-        split, scale = (
-            "discover" if topic < 20 else "validate" if topic < 35 else "test",
-            1 + spread * rng.uniform(-1, 1),
-        )
-        for site, layer in product(sites, range(n_layers)):
+        split = "discover" if topic < 20 else "validate" if topic < 35 else "test"
+        scale = 1 + spread * rng.uniform(-1, 1)
+        for site, layer in product(COMPONENTS, range(N_LAYERS)):
             nie = np.broadcast_to(cells.get((site, layer), 0.0), 2) * scale + noise * rng.standard_normal(2)
             y11 = start + te * scale
             y = (start, start + nie[0], y11 - nie[1], y11)
@@ -180,8 +177,8 @@ def jbb(n: int = 12, **changes: str) -> Splits:
     return sides
 
 
-def prompt_rows(n: int = 12) -> Splits:
-    return {"train": [{"prompt": f"w22 w{30 + i} w50", "category": "k"} for i in range(n)]}
+def prompt_rows() -> Splits:
+    return {"train": [{"prompt": f"w22 w{30 + i} w50", "category": "k"} for i in range(12)]}
 
 
 def alpaca() -> Splits:

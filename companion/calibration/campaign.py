@@ -1,8 +1,7 @@
 """A campaign measures a plan item by item, can stop and go on, and joins what it has into the tables of `data/calibration`.
 
-Each item is one file a table below `data/calibration/.parts`, written whole or not at all. What is there is not measured
-again, also if the code has changed since: rows name the code that made them, and notebook 07 measures some anew. To measure
-everything again, remove `data/calibration`.
+Each item is one file a table below `data/calibration/.parts`. What is there is not measured again, also if the code has changed
+since: rows name the code that made them. To measure everything again, remove `data/calibration`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import pandas as pd
 
 from companion.base import files, paths
@@ -63,7 +61,7 @@ def read_shipped(table: str, folder: Path = paths.CALIBRATION, *, or_empty: bool
     path, schema = folder / f"{table}.parquet", SCHEMAS[table]
     if or_empty and not path.is_file():
         kinds = {"int": "int64", "float": "float64", "bool": "bool", "str": "object"}
-        return pd.DataFrame({name: np.array([], dtype=kinds[kind]) for name, kind in schema.items()})
+        return pd.DataFrame(columns=list(schema)).astype({name: kinds[kind] for name, kind in schema.items()})
     return files.read_table(path, schema)
 
 
@@ -79,8 +77,8 @@ def run_campaign(
 ) -> None:  # fmt: skip
     """Measure every item of this share ("2/3": the second of three) that is neither shipped nor a file, and join all.
 
-    `plan` names the items; `measure` gives an item's rows of each of the `tables`. Several shares may run at once, and
-    stopping loses at most one item. InputError for a share that is none.
+    `plan` names the items; `measure` gives an item's rows of each of the `tables`. Several shares may run at once, and stopping
+    loses at most one item. InputError for a share that is none.
     """
     own = list(plan.items())[slice(*every(share))]
     written = {path.name for path in (folder / ".parts").glob("*.parquet")}

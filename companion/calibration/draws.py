@@ -1,10 +1,9 @@
 """Draws of the calibration: models whose truth is known go through the unchanged pipeline and its rules.
 
 The plan is fixed before any result. A draw is measured in parts, the stages of the pipeline, and judged; a population verdict
-is what the same rules say when sampling error is gone, on effects in closed form over new topics. The closed form gives effects
-on the first answer token, so C1 to C4 and C5a have a population verdict and the others none; nor has the corrected C1, which
-asks where the decision is computed. Rows that it knows take the place of the sample's, with intervals of no width; what needs a
-run of the model (probe, benign neurons, untrained twin) stays as it was measured.
+is what the same rules say without sampling error, on effects in closed form over new topics. The closed form knows effects on
+the first answer token: C1 to C4 and C5a have a population verdict, but not the corrected C1. Rows that it knows take the place
+of the sample's, with intervals of no width; what needs a run of the model stays as it was measured.
 """
 
 from __future__ import annotations
@@ -21,15 +20,13 @@ import numpy as np
 import pandas as pd
 
 from companion.base import paths
-from companion.base.errors import InputError
-from companion.base.files import EVIDENCE, write_table
+from companion.base.files import EVIDENCE
 from companion.base.thresholds import MLP_SHARE, MLP_SHARE_WITH_OWN, UNTRAINED, deepest_early_layer
 from companion.calibration.campaign import SCHEMAS, SCORES, code_version, read_shipped, run_campaign
-from companion.calibration.localise import Measured, localise_draw
 from companion.calibration.rates import CONTRADICTED_TO, FRESH_LAST, FRESH_LATER, SUPPORTED_FROM
-from companion.calibration.truths import ideal_push_rows, truth_of
+from companion.calibration.truths import Measured, ideal_push_rows, localise_draw, truth_of
 from companion.claims.corrected_rules import C6_PARTS
-from companion.claims.ledger import ledger, rule_name
+from companion.claims.ledger import KEYS, ledger, rule_name
 from companion.claims.registered_rules import PSI
 from companion.claims.verdict import Rows, Verdict, decide, precondition
 from companion.evidence import layers, steering, tokens
@@ -137,20 +134,17 @@ class PlannedDraw:
 
 
 def plan_draws() -> list[PlannedDraw]:
-    """All draws in the order in which they are measured: one of each kind, then the next; those of the power curves; those
-    near a threshold; those of held-out kinds.
-    """
+    """All draws in the order of measuring: one of each kind, then the next; power curves; near a threshold; held-out kinds."""
     main = [
         PlannedDraw("main", part, kind, first + i)
         for first, parts in COUNTS.items()
-        for part, kinds in parts.items()
-        for kind, count in kinds.items()
+        for part, counts in parts.items()
+        for kind, count in counts.items()
         for i in range(count)
     ]
     power, largest = [], max(POWER_EFFECTS)
-    for i, (part, kinds_of_part) in itertools.product(range(POWER_MODELS), POWER_KINDS.items()):
-        for kind in kinds_of_part:
-            at = (part, kind, POWER_FIRST[part] + i)
+    for i, (part, kinds) in itertools.product(range(POWER_MODELS), POWER_KINDS.items()):
+        for at in [(part, kind, POWER_FIRST[part] + i) for kind in kinds]:
             power += [PlannedDraw("effect", *at, effect=size) for size in POWER_EFFECTS]
             power += [PlannedDraw("topics", *at, topics=n, effect=largest) for n in POWER_TOPICS]
             power.append(PlannedDraw("pairs", *at, effect=largest, pairs=POWER_PAIRS))
@@ -176,8 +170,8 @@ def measure_study(
 ) -> Measured:  # fmt: skip
     """Evidence rows under a model label, with those of the untrained twin behind them, for some stages.
 
-    `full_response` adds Y2, which no verdict rests on. Steering asks for the `prompt_set`, whose suites it is tried on,
-    and is judged by the study's judge. Every stage has the preconditions of the treatments that its rules ask about.
+    `full_response` adds Y2, which no verdict rests on. Steering asks for the `prompt_set`, whose suites it is tried on. Every
+    stage has the preconditions of the treatments that its rules ask about.
     """
     core = replace(this, pairs=tuple(pair for pair in this.pairs if pair.pair.split != "validate"))
     harm = replace(core, pairs=tuple(pair for pair in core.pairs if pair.pair.treatment != "T1"))
@@ -193,8 +187,7 @@ def measure_study(
         rows += layers.measure_layers(replace(thin, subject=untrained_twin(harm.subject)), label + UNTRAINED).evidence
         rows += tokens.measure_c4(this, label)
     elif {"timing", "neurons", "steering"} & set(stages):
-        clean = sweeps.clean_outcomes(harm)
-        rows += layers.precondition_rows(clean, label, core.subject.n_layers)
+        rows += layers.precondition_rows(sweeps.clean_outcomes(harm), label, core.subject.n_layers)
     if "context" in stages and core.of("T1"):
         rows += layers.measure_layers(replace(core, pairs=tuple(core.of("T1")), twins={}), label).evidence
     if "timing" in stages:
@@ -204,17 +197,14 @@ def measure_study(
         rows += neuron_evidence(neurons, label) + gating_evidence(core, neurons.table, label)
     if "steering" in stages and prompt_set is not None:
         rows += [{"model": label, **row} for row in steering.steering_evidence(this, prompt_set)]
-    table = pd.DataFrame(rows, columns=list(EVIDENCE)).drop_duplicates(
-        ["model", "claim", "quantity", "variant"], ignore_index=True
-    )
+    table = pd.DataFrame(rows, columns=list(EVIDENCE)).drop_duplicates(KEYS, ignore_index=True)
     return Measured(table, swept, neurons, computed)
 
 
 def measure_draw(draw: PlannedDraw) -> dict[str, pd.DataFrame]:
-    """Measure one model with a part of the unchanged pipeline, and ask every rule of that part.
+    """Measure one model with a part of the unchanged pipeline, and ask every rule of that part: rows of each of the `TABLES`.
 
-    Returns the rows of each of the `TABLES`: verdicts of all rules, how well each estimator finds the mechanism, evidence, and
-    near a threshold the true values. Only draws of the error rates keep what their verdicts rest on.
+    Only draws of the error rates keep what their verdicts rest on; only those near a threshold have rows of true values.
     """
     kind, seed, part, is_main = draw.kind, draw.seed, draw.part, draw.purpose == "main"
     organism = compiled.draw(kind, seed, effect=draw.effect, topics=draw.topics, pairs_per_topic=draw.pairs)
@@ -226,9 +216,8 @@ def measure_draw(draw: PlannedDraw) -> dict[str, pd.DataFrame]:
     if prompts is not None:
         pushed = pd.DataFrame(ideal_push_rows(this, prompts), columns=list(EVIDENCE)).assign(model=organism.name)
         rows = pd.concat([rows, pushed], ignore_index=True)
-    own, said = Rows(organism.name, rows), judged(rows, organism.name, part)
-    is_near, none = draw.purpose == "threshold", pd.DataFrame(columns=list(SCHEMAS["population"]))
-    values = built_values(kind, seed) if is_near else none
+    own, said, is_near = Rows(organism.name, rows), judged(rows, organism.name, part), draw.purpose == "threshold"
+    values = built_values(kind, seed) if is_near else pd.DataFrame(columns=list(SCHEMAS["population"]))
     known = values.set_index(["claim", "rule"]).population.to_dict()
 
     def truth(one: Verdict) -> str:
@@ -274,50 +263,16 @@ def built_values(kind: str, seed: int) -> pd.DataFrame:
 
 def run_draws(share: str = "1/1") -> None:
     """Measure every draw of this share that is not there yet, and join what there is."""
-    known = shipped_keys()
-    plan = {draw.name: draw for draw in plan_draws()}
+    known, plan = shipped_keys(), {draw.name: draw for draw in plan_draws()}
     run_campaign(plan, measure_draw, TABLES, lambda draw: draw.key in known, share)
 
 
-def shipped_keys(folder: Path = paths.CALIBRATION) -> set[tuple[object, ...]]:
+def shipped_keys() -> set[tuple[object, ...]]:
     """Keys of the draws that the shipped table holds, as of a clone of the repository."""
-    table = read_shipped("verdicts", folder, or_empty=True)
+    table = read_shipped("verdicts", or_empty=True)
     columns = [table.purpose, table.claim.map(PART_OF), table.kind, table.seed, table.topics, table.pairs]
     effects = table.effect.where(~table.purpose.isin(("main", "threshold", "held-out"))).round(6)
     return {(*rest, None if size != size else size) for *rest, size in zip(*columns, effects, strict=True)}
-
-
-def judged_again(folder: Path = paths.CALIBRATION, *, every: int = 1) -> list[tuple[str, int, Verdict]]:
-    """What the rules of today say of the stored evidence of every n-th draw: kind, seed and verdict."""
-    groups = list(read_shipped("evidence", folder).groupby(["part", "kind", "seed"]))
-    return [
-        (kind, seed, one)
-        for (part, kind, seed), evidence in groups[::every]
-        for one in judged(evidence, f"compiled-{kind}-{seed}", part)
-    ]
-
-
-def rejudge(claims: Collection[str], folder: Path = paths.CALIBRATION) -> None:
-    """Put what today's corrected rules of some claims say of the stored evidence into the shipped verdicts; no model is run.
-
-    For use after a change of these rules. Only draws whose evidence is kept can be asked again: corrected verdicts of the power
-    curves are taken out.
-    """
-    table = read_shipped("verdicts", folder)
-    is_asked, is_main = (table.rule == "corrected") & table.claim.isin(claims), table.purpose == "main"
-    asked = table.loc[is_asked & is_main, ["kind", "seed", "claim"]]
-    at = dict(zip(asked.itertuples(index=False, name=None), asked.index, strict=True))
-    table = table[~is_asked | is_main]
-    names = ["verdict", "quantity", "estimate", "ci_low", "ci_high", "reason"]
-    for kind, seed, one in judged_again(folder):
-        if one.rule == "corrected" and (kind, seed, one.claim) in at:
-            said = [getattr(one, name) for name in names]
-            table.loc[at.pop((kind, seed, one.claim)), [*names, "code"]] = [*said, code_version()]
-    if at:
-        raise InputError(
-            f"{len(at)} stored verdicts have no evidence to judge again, the first is {min(at)}: measure them"
-        )
-    write_table(table, folder / "verdicts.parquet")
 
 
 def verdicts_without_sampling(
@@ -361,8 +316,8 @@ def closed_form_values(organism: Organism, this: Study, part: str) -> Values:
     rows = layers.evidence_c1(effects, organism.name, this.subject.n_layers)
     rows += layers.evidence_c2(effects, effects, organism.name, normalisations(this))
     rows += tokens.evidence_c4(carried, organism.name, program.n_layers)
-    keys = [(str(one["claim"]), str(one["quantity"]), str(one["variant"])) for one in rows]
-    return known | {key: float(one["estimate"]) for key, one in zip(keys, rows, strict=True)}  # type: ignore[arg-type]
+    made = pd.DataFrame(rows)
+    return known | dict(zip(zip(made.claim, made.quantity, made.variant, strict=True), made.estimate, strict=True))
 
 
 def new_pairs(design: Design, part: str) -> list[Planned]:

@@ -1,9 +1,9 @@
 """Plants in a real model: where mediation finds what training added, beside where the model was trained.
 
 `smollm2-refuser-mlp` is `smollm2` after training of its MLPs only, and so on. We subtract the model as it was, and ask where
-what training *added* passes and is written. A part that was trained may write a signal that frozen parts above it read and
-turn into the refusal, also at tokens before the last, where we do not look. So a small share of a trained part is no mistake
-of the method; only one that is larger than where everything was trained confirms it (`trained_places`).
+what training *added* passes and is written. Frozen parts may turn what a trained part writes into the refusal, also at tokens
+where we do not look. So a small share of a trained part is no mistake of the method; one larger than where everything was
+trained confirms it (`trained_places`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from companion.base import files, folders, paths, smollm2, thresholds
-from companion.calibration import localise
+from companion.calibration import truths
 from companion.calibration.campaign import SCHEMAS, code_version, read_shipped, run_campaign
 from companion.mediation import estimands, study, summaries, sweeps
 from companion.stats import clusters
@@ -57,12 +57,10 @@ def is_learned(part: str, site: str, third: str) -> bool:
 def real_shares(part: str, after: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
     """Where the effects of a trained model lie, those of the model before, and what training added to them.
 
-    `after` and `before` are `real_effects` of the same pairs. A row is a treatment, an effect ("total", "direct"), whose it
-    is (`of`: "refuser", "plain", "change" = refuser - plain, pair by pair) and a place: a site in a third of the layers
-    ("mlp late"), and unless all was trained everything that was, and everything else. `share` is that place's sum of effects
-    over that of all components, a ratio of means with a BCa interval over topics; `size` is the share of places that it is,
-    which an effect that is spread evenly would give; `te` is the mean total effect in log-odds: shares of nearly none mean
-    nothing.
+    `after` and `before` are `real_effects` of the same pairs. A row is a treatment, an effect ("total", "direct"), whose it is
+    (`of`: "refuser", "plain", "change" = refuser - plain, pair by pair) and a place: a site in a third of the layers, and unless
+    all was trained everything that was, and everything else. `share`: its sum of effects over that of all components, with a
+    BCa interval over topics; `size`: the share that evenly spread effects would give; `te`: mean total effect, log-odds.
     """
     tables = []
     for treatment in ("T1", "T2-T2b"):
@@ -76,8 +74,7 @@ def real_shares(part: str, after: pd.DataFrame, before: pd.DataFrame) -> pd.Data
 
 def _by_place(effects: pd.DataFrame, treatment: str, effect: str) -> pd.DataFrame:
     """NIE summed over the components of each place, and TE, by (pair_id, topic, site, third)."""
-    sites = [site + (".direct" if effect == "direct" else "") for site in thresholds.COMPONENTS]
-    table = summaries.averaged(summaries.select(effects, treatment, localise.VARIANTS[effect], sites))
+    table = summaries.averaged(truths.effects_of(effects, treatment, effect))
     at = thresholds.depth(table.layer, int(table.layer.max()) + 1)
     third = np.array(THIRDS)[(at > thresholds.EARLY).astype(int) + (at > thresholds.LATE)]
     table = table.assign(site=table.site.str.removesuffix(".direct"), third=third)
@@ -101,9 +98,8 @@ def _place_shares(part: str, found: pd.DataFrame) -> pd.DataFrame:
 def trained_places(table: pd.DataFrame) -> pd.DataFrame:
     """Of what training added to T1, the share in each place and in all that was trained: a row a plant, effect and place.
 
-    Columns kind, effect, place, learned, estimate, low, high; where everything was trained that share is 1 by definition. For
-    all that was trained, `in_refuser` is the share of the same places where everything may learn: there refusal goes somewhere
-    of its own accord, mostly into late layers, and only a share above that one shows that we see where a plant was trained.
+    Columns kind, effect, place, learned, estimate, low, high, and for all that was trained `in_refuser`, the share of the same
+    places where everything may learn (mostly late layers): only a share above that shows that we see where a plant was trained.
     """
     change = table[(table.of == "change") & (table.treatment == "T1") & (table["where"] != ELSE)]
     whole = change[change.kind == "all"].drop_duplicates("effect")

@@ -1,8 +1,8 @@
 """Error rates of the method's own verdicts, from models whose truth is known.
 
 A row of a table of draws is a draw, claim and rule: `rule` is the registered one or its correction, `truth` what was built,
-`verdict` what the rule said at the draw's sample size, and `population_verdict` what it says where sampling error is gone.
-A rate has a two-sided Wilson interval; what is held against a target is an exact one-sided bound.
+`verdict` what the rule said of the sample, and `population_verdict` what it says without sampling error. A rate has a two-sided
+Wilson interval; what is held against a target is an exact one-sided bound.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from companion.claims.ledger import Rates, rule_name
 from companion.claims.verdict import AT_LEAST, PSI
 from companion.stats.clusters import rate
 
-COUNTED = ("hits", "n", "estimate", "low", "high")  # a rate with its 95 % interval (Wilson)
 RIGHT = {"true": "supported", "false": "contradicted"}
 ROUNDING = 1e-3  # the model's norms and float32 move a share by about 1e-4 from the closed form's value
 FRESH_LATER, FRESH_LAST = 200, 300  # first seeds of models planned after the correction of C1, and of C4
@@ -58,8 +57,8 @@ def testable(table: pd.DataFrame) -> pd.DataFrame:
 def error_rates(table: pd.DataFrame, *, only_testable: bool = False) -> pd.DataFrame:
     """Per claim: how often "supported" is said of a false claim and "contradicted" of a true one, and the power of both.
 
-    Columns claim, error, hits, n, estimate, low, high (Wilson), and `lower` and `upper`, exact one-sided bounds. Every claim
-    of the table has its rows; on request they count only the draws in which its rule had something to read.
+    Columns claim, error, hits, n, estimate, low, high (Wilson, 95 %), and `lower` and `upper`, exact one-sided bounds. Every
+    claim of the table has its rows; on request they count only the draws in which its rule had something to read.
     """
     chosen = testable(table) if only_testable else table
     asked = {
@@ -72,7 +71,7 @@ def error_rates(table: pd.DataFrame, *, only_testable: bool = False) -> pd.DataF
             part = chosen[(chosen.claim == claim) & (chosen.truth == truth)]
             hits, n = int((part.verdict == verdict).sum()), len(part)
             rows.append((claim, name, hits, n, *rate(hits, n), *one_sided(hits, n)))
-    return pd.DataFrame(rows, columns=["claim", "error", *COUNTED, "lower", "upper"])
+    return pd.DataFrame(rows, columns=["claim", "error", "hits", "n", "estimate", "low", "high", "lower", "upper"])
 
 
 def _by_group(table: pd.DataFrame, by: Sequence[str], hit: pd.Series) -> pd.DataFrame:
@@ -83,10 +82,7 @@ def _by_group(table: pd.DataFrame, by: Sequence[str], hit: pd.Series) -> pd.Data
 
 
 def interval_coverage(table: pd.DataFrame) -> pd.DataFrame:
-    """Share of intervals that hold the population value up to `ROUNDING`, by quantity; of those whose both ends are finite.
-
-    The population value is arithmetic over 500 new topics; only draws that have one count.
-    """
+    """Share of the finite intervals that hold the population value (of 500 new topics) up to `ROUNDING`, by quantity."""
     known = table[np.isfinite(table[["estimate", "ci_low", "ci_high", "population"]]).all(axis=1)]
     room = np.minimum(known.population - known.ci_low, known.ci_high - known.population)
     return _by_group(known, ["claim", "quantity"], room >= -ROUNDING).drop(columns="claim").set_index("quantity")
@@ -120,8 +116,6 @@ def ranking_quality(is_part: Sequence[bool], score: Sequence[float]) -> dict[str
 def main_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
     """Verdicts of the draws that rates are computed from; a claim judged by its corrected rule has a name of its own.
 
-    Empty where no draws are shipped.
-
     >>> sorted({name for name in main_draws().claim if name.startswith("C2")})
     ['C2', 'C2*']
     """
@@ -140,16 +134,12 @@ def power_draws() -> pd.DataFrame:
 
     Every model is there with each of them, so what differs along a curve is that number alone.
     """
-    table = read_shipped("verdicts")
-    table = table[table.purpose.isin(("effect", "topics", "pairs"))]
+    table = read_shipped("verdicts").query("purpose in ['effect', 'topics', 'pairs']")
     return _named(table.assign(effect=table.effect.round(3)))
 
 
 def threshold_draws() -> pd.DataFrame:
-    """Verdicts of the corrected rules on models whose true value lies near a threshold, with that `value`.
-
-    Only the claims that a model was built for are there. Empty where no such draws are shipped.
-    """
+    """Verdicts of the corrected rules on models built for a true `value` near the claim's threshold."""
     table = read_shipped("verdicts", or_empty=True).query("purpose == 'threshold' and rule == 'corrected'")
     known = read_shipped("population", or_empty=True).rename(columns={"population": "value"})
     return _named(table.merge(known.drop(columns="code"), on=["kind", "seed", "claim", "rule"], validate="one_to_one"))
@@ -161,10 +151,9 @@ def held_out_draws() -> pd.DataFrame:
 
 
 def support_curve(draws: pd.DataFrame) -> pd.DataFrame:
-    """How often a rule says "supported", by the true value: what its threshold does to errors.
+    """How often a rule says "supported", by the true value, of `threshold_draws`: below the threshold it is an error.
 
-    `draws` as from `threshold_draws`. Columns claim, value (the centre of a bin of width `BIN`, whose edges meet the
-    threshold), n, hits, estimate, low, high (Wilson, 95 %), threshold. A verdict in a bin below it is an error of the first kind.
+    Columns claim, value (the centre of a bin of width `BIN`; edges meet the threshold), n, hits, estimate, low, high, threshold.
     """
     known = draws[draws.claim.isin(SUPPORTED_FROM)]
     threshold = known.claim.map(SUPPORTED_FROM).astype(float)
@@ -179,9 +168,8 @@ def _named(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def claim_rates(draws: pd.DataFrame) -> Rates:
-    """For each claim (a corrected rule: "C2*") and error: `hits` of `n` draws, `rate`, and `upper`, the exact 95 % bound.
-
-    The errors are those of `error_rates`, of testable draws.
+    """For each claim (a corrected rule: "C2*") and error of `error_rates`, of testable draws: `hits` of `n` draws, `rate`, and
+    `upper`, the exact 95 % bound.
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for row in error_rates(draws, only_testable=True).query("n > 0").itertuples():
@@ -194,15 +182,14 @@ def with_held_out(rates: Rates, draws: pd.DataFrame) -> Rates:
     """The rates, and for each rule that supported a false claim of a held-out kind (`held_out_draws`) how often it did."""
     false = draws[draws.truth == "false"]
     counts = (false.verdict == "supported").groupby(false.claim).agg(hits="sum", n="size").query("hits > 0")
-    new = {row.Index: {"held_out_supported": {"hits": int(row.hits), "n": int(row.n)}} for row in counts.itertuples()}
+    new = {claim: {"held_out_supported": numbers} for claim, numbers in counts.to_dict("index").items()}
     return {claim: {**own, **new.get(claim, {})} for claim, own in rates.items()}
 
 
 def draws_like(draws: pd.DataFrame, shape: tuple[int, bool] | None) -> tuple[pd.DataFrame, str]:
     """The draws whose models have half to twice as many layers and the same kind of attention, all where there are none.
 
-    `shape` is the number of layers of the model at hand, and whether its attention slides over windows; None where that is
-    not known. The sentence says which draws these are.
+    `shape`: the layers of the model at hand, and whether its attention slides; None if unknown. The sentence names them.
     """
     if shape is None:
         return draws, "all built models, since layers and attention of this one are not known"

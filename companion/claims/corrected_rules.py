@@ -1,8 +1,7 @@
 """Corrected rules of the claims whose registered rule was found to err by construction on compiled models.
 
-The registered rules stand, and every verdict of the ledger is theirs. The corrections were written down after the first 24
-draws of the calibration had been seen (notebook 07) and before any other draw was measured; those of C1, C4 and C6 after
-all draws of these claims had been seen. Each is judged on draws that were measured afterwards, beside the registered rules.
+The registered rules stand beside them. The corrections were written after the first 24 draws of the calibration had been seen
+(notebook 07), those of C1, C4 and C6 after all draws of these claims had been; each is judged on draws measured afterwards.
 On 2026-11-29 C1 and C3 were made stricter, after their draws had been seen, and C6, which asked three things at once, got
 three rules, after its results had been seen. Thresholds are the registered ones.
 """
@@ -12,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 from scipy.stats import t as student
@@ -36,18 +36,16 @@ STATEMENTS = {
     "C7": "Related neurons lie side by side.",
 }
 C6_PARTS = ("C6a", "C6b", "C6c")
-# What a rule must have, by claim: quantity and how the variant begins. Without twins of one length, and in older draws, it is
-# not measured.
+COSTS = {"harmless loss": POINTS, **MARGINS}  # of C6b, at most
+# What a rule must have, by claim: quantity and how the variant begins. Without twins, and in older draws, it is not measured.
 NEEDS = {"C1": (COMPUTED, "main"), "C4": (MLP_SHARE_WITH_OWN, "")}
 
 
 def corrected_c1(rows: Rows) -> Verdict:
-    """C1 by where the interaction is computed.
-
-    Supported: late share of it low >= 0.50, and the centroid difference low >= 0.05, behaviours resampled. Contradicted: late
-    share high <= 0.40. A centroid difference alone contradicts nothing, since what fetches the wrapper moves it too.
+    """C1 by where the interaction is computed: late share low >= 0.50, and the centroid difference low >= 0.05, behaviours
+    resampled. Contradicted: late share high <= 0.40. The centroid alone contradicts nothing: what fetches the wrapper moves it.
     """
-    share, centroid = rows.variants("C1", COMPUTED)["main"], centroid_over_behaviours(rows)
+    share, centroid = rows.of("C1")[COMPUTED], centroid_over_behaviours(rows)
     checks = {
         "benign behaviours": verdict.benign_behaviours(rows),
         "unsaturated pairs": same_side(rows, "C1", COMPUTED, "unsaturated", 0.5),
@@ -64,15 +62,15 @@ def corrected_c1(rows: Rows) -> Verdict:
 
 
 def centroid_over_behaviours(rows: Rows) -> pd.Series | None:
-    """The row of C1's centroid difference with an interval that takes the benign behaviours as a sample, too.
+    """The row of C1's centroid difference, None if not measured, with an interval that takes the behaviours as a sample, too.
 
-    None where it was not measured; without limits (from -inf to inf) where there are fewer than two behaviours.
+    It is (-inf, inf) where there are fewer than two benign behaviours.
     """
     found, harm = rows.find("C1", "centroid difference"), rows.find("C1", f"centroid {verdict.generation(rows)}")
     if found is None:
         return None
-    known = rows.of("C1").items()
-    benign = pd.Series([row.estimate for name, row in known if name.startswith("centroid B")], dtype=float)
+    named = rows.of("C1").items()
+    benign = pd.Series([row.estimate for name, row in named if name.startswith("centroid B")], dtype=float)
     half = math.inf
     if harm is not None and len(benign) > 1:
         # t(k - 1) * sqrt(s^2 / k + v): s is the spread of the k behaviours' centroids, v the variance over topics of harm's.
@@ -92,16 +90,12 @@ def corrected_c2(rows: Rows) -> Verdict:
 
 
 def corrected_c5b(rows: Rows) -> Verdict:
-    """C5b as registered, but an index inside the last layer's sparse set counts where it is the larger one.
-
-    A set with such an index may be a readout.
-    """
+    """C5b as registered, but an index inside the last layer's sparse set counts where it is the larger one."""
     index = rows.find("C5b", "gate index")
     sparse = [row for row in registered.gate_forms(rows, "b") if not str(row.note).endswith(", whole last layer")]
     inside = max(sparse, key=lambda row: row.ci_low, default=None)
-    if index is None or inside is None or not inside.ci_low >= index.ci_low:
-        return registered.rule_c5b(rows)
-    return registered.rule_c5b(rows, inside, may_read_out=True)
+    is_larger = index is not None and inside is not None and inside.ci_low >= index.ci_low
+    return registered.rule_c5b(rows, inside if is_larger else None)
 
 
 def corrected_c5c(rows: Rows) -> Verdict:
@@ -125,12 +119,11 @@ def corrected_c6a(rows: Rows) -> Verdict:
         return found
     harm, phi = found["harm change"], found["phi"]
     random = [found.get(f"p {family}") for family in registered.RANDOM]
-    falls = harm.ci_high < 0 and harm.estimate <= -POINTS
+    falls = harm.ci_high < 0 and harm.estimate <= -POINTS and phi.ci_low >= registered.PHI
+    is_chance = any(p is not None and p.estimate >= 0.5 for p in random)
     decision = decide(
-        supported=falls
-        and phi.ci_low >= registered.PHI
-        and all(p is not None and p.estimate <= registered.BEATS for p in random),
-        contradicted=harm.ci_low > -POINTS or any(p is not None and p.estimate >= 0.5 for p in random),
+        supported=falls and all(map(registered.beats_chance, random)),
+        contradicted=harm.ci_low > -POINTS or is_chance,
     )
     for_support = {
         "refits of the directions": control(found.get("spread over refits")),
@@ -141,37 +134,33 @@ def corrected_c6a(rows: Rows) -> Verdict:
 
 
 def corrected_c6b(rows: Rows) -> Verdict:
-    """Supported: harmless loss high <= 2 points on >= 300 prompts, and every margin held; contradicted: one is surely broken.
-
-    The margins are those of KL, perplexity ratio and over-refusal. Shown is the cost that lies highest against its limit.
+    """Supported: harmless loss high <= 2 points on >= 300 prompts, and every margin (KL, perplexity ratio, over-refusal) held;
+    contradicted: one is surely broken. Shown is the cost that lies highest against its limit.
     """
     found = registered.trial(rows, "C6b")
     if isinstance(found, Verdict):
         return found
-    limits = {"harmless loss": POINTS, **MARGINS}
-    costs = {name: found[name] for name in limits if name in found}
+    costs = {name: found[name] for name in COSTS if name in found}
 
     def against_limit(name: str, end: str) -> float:
         free = 1.0 if "ratio" in name else 0.0  # what costs nothing
-        return float((costs[name][end] - free) / (limits[name] - free))
+        return float((costs[name][end] - free) / (COSTS[name] - free))
 
+    are_held = all(registered.is_below(costs.get(name), most) for name, most in COSTS.items())
     decision = decide(
-        supported=all(registered.is_below(costs.get(name), most) for name, most in limits.items())
-        and costs["harmless loss"].n_pairs >= registered.MIN_HARMLESS,
-        contradicted=any(row.ci_low > limits[name] for name, row in costs.items()),
+        supported=are_held and costs["harmless loss"].n_pairs >= registered.MIN_HARMLESS,
+        contradicted=any(row.ci_low > COSTS[name] for name, row in costs.items()),
     )
     end = "ci_low" if decision == "contradicted" else "ci_high"
     shown = costs[max(costs, key=lambda name: against_limit(name, end))]
     margins = {f"{name} margin": control(costs.get(name)) for name in MARGINS}
-    reason = "; ".join(f"{name} {interval(row)} (at most {limits[name]:g})" for name, row in costs.items())
+    reason = "; ".join(f"{name} {interval(row)} (at most {COSTS[name]:g})" for name, row in costs.items())
     return conclude(rows, shown, decision, margins, reason, claim="C6b", for_support=margins)
 
 
 def corrected_c6c(rows: Rows) -> Verdict:
-    """Supported: late layers do surely more than early and than middle ones with the same budget.
-
-    Contradicted: one of these does surely as well: the advantage of late layers has its upper limit below 2 points, and its
-    lower one not above 0.
+    """Supported: late layers do surely more than early and than middle ones with the same budget. Contradicted: one of these
+    does surely as well: the advantage of late layers is high < 2 points and not low > 0.
     """
     found = registered.trial(rows, "C6c")
     if isinstance(found, Verdict):
@@ -181,7 +170,7 @@ def corrected_c6c(rows: Rows) -> Verdict:
     if not tried:
         return Verdict(rows.model, "C6c", "not testable", "no other layers were tried with the same budget")
     decision = decide(
-        supported=all(registered.is_beaten(row) for row in rivals.values()),
+        supported=all(map(registered.is_beaten, rivals.values())),
         contradicted=any(row.ci_high < POINTS and not registered.is_beaten(row) for row in tried),
     )
     checks = {f"{name} layers at equal budget": registered.equal_budget(rows, name) for name in rivals}
@@ -190,23 +179,15 @@ def corrected_c6c(rows: Rows) -> Verdict:
     return conclude(rows, shown, decision, checks, reason, claim="C6c")
 
 
-# By claim. C4 is asked as registered, with the hand-over layer's own MLP among those that carry on.
 RULES: dict[str, Callable[[Rows], Verdict]] = {
-    "C1": corrected_c1,
-    "C2": corrected_c2,
-    "C3": lambda rows: registered.rule_c3(rows, for_support=(registered.PROBE,), by_family=True),
-    "C4": lambda rows: registered.rule_c4(rows, MLP_SHARE_WITH_OWN, "from the hand-over layer's own on", ()),
-    "C5a": lambda rows: registered.rule_c5a(rows, for_support=(registered.ORDER,)),
-    "C5b": corrected_c5b,
-    "C5c": corrected_c5c,
-    "C6a": corrected_c6a,
-    "C6b": corrected_c6b,
-    "C6c": corrected_c6c,
-}
+    "C1": corrected_c1, "C2": corrected_c2, "C3": partial(registered.rule_c3, is_corrected=True),
+    "C4": partial(registered.rule_c4, is_corrected=True), "C5a": partial(registered.rule_c5a, is_corrected=True),
+    "C5b": corrected_c5b, "C5c": corrected_c5c, "C6a": corrected_c6a, "C6b": corrected_c6b, "C6c": corrected_c6c,
+}  # fmt: skip
 
 
 def corrected_verdicts(rows: Rows) -> list[Verdict]:
-    """The verdicts of all corrected rules on one model, of whose claims what they need was measured (`NEEDS`)."""
+    """The verdicts on one model of all corrected rules whose `NEEDS` were measured."""
     asked = [claim for claim in RULES if claim not in NEEDS or rows.variants(claim, *NEEDS[claim])]
     made = [precondition(rows, claim) or RULES[claim](rows) for claim in asked]
     return [replace(one, rule="corrected") for one in made]

@@ -1,13 +1,11 @@
 """The ledger: evidence judged claim by claim by all rules, what is answered today, how well, and what stands among many.
 
-Error rates of the rules come as an argument, by the claim's name; behind that of its corrected rule stands a `*`. The page
-for people is `companion.claims.page`.
+Error rates of the rules come as an argument, by the claim's name; behind that of its corrected rule stands a `*`.
 
-Many verdicts at once: which stand if one in twenty of those that are given may be wrong (Benjamini and Hochberg)? A rule holds an
-interval against a threshold. Its p-value is that of this comparison: how far the number that the verdict shows lies beyond the
-threshold, in units of the half of its interval that points there, as a normal deviate and two-sided. So p is at most 0.05
-exactly where the interval clears the threshold, whatever made the interval (bootstrap or t). The other conditions and controls
-of a rule are not tested again. A verdict that rests on one of them, and an interval without width, have no p.
+Many verdicts at once: which stand if one in twenty of those that are given may be wrong (Benjamini and Hochberg)? A verdict's p
+is that of its comparison with a threshold: how far the number shown lies beyond it, in units of the half of its interval that
+points there, as a normal deviate and two-sided. So p is at most 0.05 exactly where the interval clears the threshold, whatever
+made the interval. A verdict that rests on another condition of its rule, and an interval without width, have no p.
 """
 
 from __future__ import annotations
@@ -21,9 +19,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats as st
 
-from companion.base.thresholds import MARGINS, POINTS, UNTRAINED
+from companion.base.thresholds import POINTS, UNTRAINED
 from companion.claims import registered_rules as registered
-from companion.claims.corrected_rules import STATEMENTS, corrected_verdicts
+from companion.claims.corrected_rules import COSTS, STATEMENTS, corrected_verdicts
 from companion.claims.verdict import AT_LEAST, Rows, Verdict, precondition
 
 Rates = Mapping[str, Mapping[str, Mapping[str, Any]]]  # by claim and kind of error: hits, n, rate, upper
@@ -54,18 +52,13 @@ OPPOSITE = {
 }  # fmt: skip
 LEVEL = 0.05
 # By quantity that must be small: supported up to here, contradicted from here on.
-AT_MOST = {
-    "harm change": (0.0, -POINTS),
-    "harmless loss": (POINTS, POINTS),
-    **{k: (most, most) for k, most in MARGINS.items()},
-}
+AT_MOST = {"harm change": (0.0, -POINTS), **{name: (most, most) for name, most in COSTS.items()}}
 
 
 def ledger(evidence: pd.DataFrame, runs: Collection[str] = ()) -> list[Verdict]:
     """The verdicts of all rules on every model of an evidence table, a claim's corrected ones behind the registered one.
 
-    Untrained twins serve as controls only. Claims of notebooks 04 to 06 that were not measured are listed, as not testable, for
-    models with a run of their own.
+    Untrained twins are controls only. What notebooks 04 to 06 did not measure is listed, as not testable, for `runs` alone.
     """
     made = []
     models = [model for model in evidence.model.unique() if not model.endswith(UNTRAINED)]
@@ -92,7 +85,7 @@ def rule_name(claim: str, rule: str) -> str:
 class Answer:
     """What is answered today to a claim on a model: by its corrected rule where there is one, else by the registered one.
 
-    `grade` says what a yes or a no is worth, "" for a verdict that is neither; `numbers` are the rates that it rests on.
+    `grade` says what a yes or a no is worth, "" for a verdict that is neither; `numbers` the rates behind it.
     """
 
     verdict: Verdict
@@ -118,10 +111,9 @@ def answers(verdicts: Sequence[Verdict], rates: Rates) -> list[Answer]:
 def grade(verdict: str, own: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
     """How much a verdict of a rule is worth, and the numbers behind it, from the rule's own error rates.
 
-    A rule cannot tell if it supports fewer than a fifth of the true claims, or contradicts more. It is not calibrated where
-    fewer than 20 models were built in which the claim is true. Strong: of false claims surely at most 5 % are supported and of
-    true ones at least 80 % (a verdict supported), or of true ones surely at most 5 % are contradicted (contradicted). A verdict
-    that is neither has the numbers and no grade. A rule that supported a false claim of a held-out kind is weak there.
+    A rule cannot tell if it supports fewer than a fifth of the true claims, or contradicts more; it is not calibrated with fewer
+    than 20 models in which the claim is true. Strong: of false claims surely at most 5 % are supported, none of a held-out kind,
+    and of true ones at least 80 % (supported), or of true ones surely at most 5 % contradicted (contradicted). Else weak.
 
     >>> none = {"hits": 0, "n": 60, "rate": 0.0, "upper": 0.05}
     >>> grade("contradicted", {"power_to_support": none, "false_contradicted": none})
@@ -146,9 +138,8 @@ def grade(verdict: str, own: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]
 
 
 def to_records(verdicts: Sequence[Verdict], rates: Rates) -> list[dict[str, Any]]:
-    """The ledger for `claims.json`, where an interval without limits and error rates that are not measured are None.
-
-    `answer` and `grade` are those of `answers`, None where another rule answers today.
+    """The ledger for `claims.json`: None for an interval without limits, for error rates that were not measured, and for
+    `answer` and `grade` where another rule answers today.
     """
     records = []
     given = {(one.verdict.claim, one.verdict.model, one.verdict.rule): one for one in answers(verdicts, rates)}
@@ -156,17 +147,16 @@ def to_records(verdicts: Sequence[Verdict], rates: Rates) -> list[dict[str, Any]
         numbers = {key: getattr(one, key) for key in ("estimate", "ci_low", "ci_high")}
         finite = {key: x if x is not None and math.isfinite(x) else None for key, x in numbers.items()}
         answer = given.get((one.claim, one.model, one.rule))
-        last = {"answer": answer and answer.says, "grade": answer and answer.grade}
-        own = {"tags": list(one.tags), "error_rates": rates.get(rule_name(one.claim, one.rule))}
-        records.append(asdict(one) | finite | own | last)
+        own: dict[str, Any] = {"tags": list(one.tags), "error_rates": rates.get(rule_name(one.claim, one.rule))}
+        own |= {"answer": answer and answer.says, "grade": answer and answer.grade}
+        records.append(asdict(one) | finite | own)
     return records
 
 
 def to_table(verdicts: Sequence[Verdict], rates: Rates) -> pd.DataFrame:
-    """The records as a table, numbers to two decimals, the reason last; an interval without limits has none.
+    """The records as a table, numbers to two decimals, each with its `error_rate`, the reason last.
 
-    `error_rate` says what the calibration knows of such a verdict. An answer has its `p`, and what is left of it among all
-    answers of the table: `adjusted_p`, `adjusted`.
+    An answer has its `p`, and what is left of it among all answers of the table: `adjusted_p`, `adjusted`.
     """
     frame = pd.DataFrame(to_records(verdicts, rates))
     numbers = ["estimate", "ci_low", "ci_high"]
@@ -181,8 +171,7 @@ def to_table(verdicts: Sequence[Verdict], rates: Rates) -> pd.DataFrame:
 def error_rate(one: Verdict, rates: Rates) -> str:
     """The rate that a reader of this verdict must know, as a phrase; "" where nothing was measured.
 
-    Beside "supported": how often it is said of a false claim. Beside "contradicted": of a true one. Beside "inconclusive": how
-    often a true claim is left so or worse.
+    Beside "supported": how often it is said of a false claim; "contradicted": of a true one; else how often a true one is found.
 
     >>> rates = {"C2": {"false_supported": {"hits": 0, "n": 60, "rate": 0.0, "upper": 0.0487}}}
     >>> error_rate(Verdict("m", "C2", "supported", ""), rates)
@@ -212,8 +201,7 @@ def p_value(verdict: Verdict) -> float:
         return math.nan
     sign, (supported, contradicted) = (-1, AT_MOST[quantity]) if quantity in AT_MOST else (1, AT_LEAST[quantity])
 
-    def beyond(threshold: float, towards: int) -> float:
-        """How far the estimate lies past a threshold, in half-lengths of the interval on the threshold's side."""
+    def beyond(threshold: float, towards: int) -> float:  # in half-lengths of the interval on the threshold's side
         gap, half = towards * (estimate - threshold), (estimate - low) if towards > 0 else (high - estimate)
         return gap / half if half > 0 else math.copysign(math.inf, gap)
 
@@ -227,8 +215,7 @@ def p_value(verdict: Verdict) -> float:
 def adjusted(given: Sequence[Answer]) -> pd.DataFrame:
     """A row an answer: model, claim, rule, says, p, `adjusted_p` over all of them, and then the `adjusted` answer.
 
-    Supported or contradicted whose adjusted p is above 0.05 becomes inconclusive; nothing else changes. Answers without a p
-    stay, and are not counted among the tests.
+    A yes or no whose adjusted p is above 0.05 becomes inconclusive. Answers without a p stay, and do not count as tests.
     """
     rows = [(v.model, v.claim, v.rule, one.says, p_value(v)) for one in given for v in (one.verdict,)]
     table = pd.DataFrame(rows, columns=["model", "claim", "rule", "says", "p"]).assign(adjusted_p=np.nan)
@@ -240,14 +227,12 @@ def adjusted(given: Sequence[Answer]) -> pd.DataFrame:
 
 
 def opposite_table(given: Sequence[Answer], rates: Rates) -> pd.DataFrame:
-    """A row an answer: the opposite, the analysis, and in how many built models of which the claim is false it was shown.
-
-    `shown` counts "contradicted" of the rule that answers; "" where nothing was measured.
+    """A row an answer: the opposite, the analysis, and in how many built models of which the claim is false it was `shown`
+    (the rule that answers said "contradicted"; "" where nothing was measured).
     """
-
-    def shown(one: Verdict) -> str:
-        found = rates.get(rule_name(one.claim, one.rule), {}).get("power_to_contradict")
-        return "" if found is None else f"{found['hits']} of {found['n']}"
-
-    rows = [(v.claim, *OPPOSITE[v.claim], shown(v), one.says) for one in given for v in (one.verdict,)]
+    rows = []
+    for one in given:
+        found = rates.get(rule_name(one.verdict.claim, one.verdict.rule), {}).get("power_to_contradict")
+        shown = f"{found['hits']} of {found['n']}" if found else ""
+        rows.append((one.verdict.claim, *OPPOSITE[one.verdict.claim], shown, one.says))
     return pd.DataFrame(rows, columns=["claim", "opposite", "analysis", "shown", "answer"])

@@ -11,14 +11,7 @@ from collections.abc import Callable, Sequence
 import pandas as pd
 
 from companion.base import thresholds
-from companion.base.thresholds import (
-    COMPUTED,
-    CONTENT_JUDGE,
-    KEPT_BY_FIRST_TOKEN,
-    MLP_SHARE,
-    MLP_SHARE_WITH_OWN,
-    POINTS,
-)
+from companion.base.thresholds import COMPUTED, KEPT_BY_FIRST_TOKEN, MLP_SHARE, MLP_SHARE_WITH_OWN, POINTS
 from companion.claims import registered_rules as registered
 from companion.claims.corrected_rules import STATEMENTS, centroid_over_behaviours
 from companion.claims.ledger import CANNOT, CANNOT_TELL, ENOUGH, LEVEL, MOSTLY, RARE, Answer, adjusted
@@ -85,13 +78,13 @@ def _percent(row: pd.Series) -> str:
 
 
 def _late(rows: Rows) -> str | None:
-    share, centroid = rows.find("C1", COMPUTED), centroid_over_behaviours(rows)
-    what = "of the decision is computed in late layers"
-    if share is None:
-        share, what = rows.find("C1", "late share"), "of the effect passes through late layers"
-    if share is None:
+    found, centroid = rows.of("C1"), centroid_over_behaviours(rows)
+    if COMPUTED in found:
+        fact = f"{_percent(found[COMPUTED])} of the decision is computed in late layers"
+    elif "late share" in found:
+        fact = f"{_percent(found['late share'])} of the effect passes through late layers"
+    else:
         return None
-    fact = f"{_percent(share)} {what}"
     if centroid is not None:
         sign, word = (1, "later") if centroid.estimate > 0 else (-1, "earlier")
         low, high = sorted((100 * sign * centroid.ci_low, 100 * sign * centroid.ci_high))
@@ -108,10 +101,8 @@ def _mlps(rows: Rows) -> str | None:
     return None if direct is None else f"MLP blocks write {_percent(direct)} of what reaches the output directly"
 
 
-def _early(rows: Rows) -> str | None:
-    psi, families = rows.find("C3", PSI), rows.variants("C3", PSI, "family ")
-    if psi is None:
-        return None
+def _early(rows: Rows) -> str:
+    psi, families = rows.of("C3")[PSI], rows.variants("C3", PSI, "family ")
     each = ", ".join(f"{_percent(row)} if the {name.removeprefix('family ')} differs" for name, row in families.items())
     fact = f"in early layers the words that do not differ carry {_percent(psi)} of the effect of a harmful request"
     return fact + (f": {each}" if each else "")
@@ -129,22 +120,19 @@ def _carried(rows: Rows) -> str | None:
     return fact
 
 
-def _sparse(rows: Rows) -> str | None:
-    psi, k90, size = (rows.find("C5a", name) for name in ("psi1", "k90", "neurons in the layer"))
-    if psi is None or size is None:
-        return None
-    of, needed = "the last MLP's effect", f"{_percent(psi)} of the whole effect needs that MLP"
-    if k90 is None:
-        return f"no set of neurons holds {of}; {needed}"
-    few = thresholds.few_neurons(size.estimate)
-    return f"{k90.estimate:.0f} of {size.estimate:.0f} neurons hold 90 % of {of} ({few} are allowed); {needed}"
+def _sparse(rows: Rows) -> str:
+    found, held = rows.of("C5a"), "no set of neurons holds the last MLP's effect"
+    if "k90" in found:
+        size, k90 = found["neurons in the layer"].estimate, found["k90"].estimate
+        held = f"{k90:.0f} of {size:.0f} neurons hold 90 % of the last MLP's effect"
+        held += f" ({thresholds.few_neurons(size)} are allowed)"
+    return f"{held}; {_percent(found['psi1'])} of the whole effect needs that MLP"
 
 
-def _gate(rows: Rows) -> str | None:
+def _gate(rows: Rows) -> str:
     index, cost, benign = (rows.find("C5b", name) for name in ("gate index", "perplexity ratio", "benign share"))
     if index is None:
-        forms = rows.variants("C5b", "gate index, form", "a")
-        return "no small set of neurons has enough of the effect to ask" if forms else None
+        return "no small set of neurons has enough of the effect to ask"
     signed, sign = rows.find("C5b", "gate index, signed"), "neither AND nor OR"
     if signed is not None and signed.ci_low > 0:
         sign = "an AND (both signals needed)"
@@ -158,52 +146,49 @@ def _gate(rows: Rows) -> str | None:
 
 
 def _first_token(rows: Rows) -> str | None:
-    kept = rows.find("C5c", KEPT_BY_FIRST_TOKEN, CONTENT_JUDGE)
-    kept = rows.find("C5c", KEPT_BY_FIRST_TOKEN) if kept is None else kept
-    undefined, benign = rows.find("C5c", "not defined"), rows.find("C5c", "benign answers changed")
+    found = rows.of("C5c")
+    kept = rows.find("C5c", KEPT_BY_FIRST_TOKEN, thresholds.CONTENT_JUDGE)
+    kept = found.get(KEPT_BY_FIRST_TOKEN) if kept is None else kept
     if kept is None:
-        return None if undefined is None else str(undefined.note)
-    hard = rows.find("C5c", "harmless answers changed, refusing run's values")
+        return str(found["not defined"].note) if "not defined" in found else None
     fact = f"acting at the first token has {_percent(kept)} of the effect of acting at every token"
-    fact += "" if benign is None else f"; {_percent(benign)} of benign answers change"
-    return fact + ("" if hard is None else f", but {_percent(hard)} of harmless ones if set as in a refusal")
+    if "benign answers changed" in found:
+        fact += f"; {_percent(found['benign answers changed'])} of benign answers change"
+    if (hard := found.get("harmless answers changed, refusing run's values")) is not None:
+        fact += f", but {_percent(hard)} of harmless ones if set as in a refusal"
+    return fact
 
 
-def _harm_falls(rows: Rows) -> str | None:
-    harm, phi = rows.find("C6", "harm change"), rows.find("C6", "phi")
-    if harm is None or phi is None:
-        return None
-    random = [row.estimate for f in registered.RANDOM if (row := rows.find("C6", f"p {f}")) is not None]
-    fact = f"harm {'falls' if harm.estimate < 0 else 'rises'} by {abs(harm.estimate):.1f} points"
-    fact += f", {_percent(phi)} of the wrapper's effect is undone ({registered.PHI:.0%} asked)"
-    return fact + (f"; at most {max(random):.0%} of random directions do as well" if random else "")
+def _harm_falls(rows: Rows) -> str:
+    found = rows.of("C6")
+    harm, random = found["harm change"].estimate, [found.get(f"p {family}") for family in registered.RANDOM]
+    fact = f"harm {'falls' if harm < 0 else 'rises'} by {abs(harm):.1f} points"
+    fact += f", {_percent(found['phi'])} of the wrapper's effect is undone ({registered.PHI:.0%} asked)"
+    shares = [row.estimate for row in random if row is not None]
+    return fact + (f"; at most {max(shares):.0%} of random directions do as well" if shares else "")
 
 
-def _harmless_kept(rows: Rows) -> str | None:
-    loss, over = rows.find("C6", "harmless loss"), rows.find("C6", "over-refusal")
-    if loss is None:
-        return None
-    more = "" if over is None else f", over-refusal rises by {over.estimate:.1f}"
-    return f"{loss.estimate:.1f} points of harmless answers are lost{more} (at most {POINTS:g} allowed)"
+def _harmless_kept(rows: Rows) -> str:
+    found = rows.of("C6")
+    fact = f"{found['harmless loss'].estimate:.1f} points of harmless answers are lost"
+    fact += f", over-refusal rises by {found['over-refusal'].estimate:.1f}" if "over-refusal" in found else ""
+    return f"{fact} (at most {POINTS:g} allowed)"
 
 
-def _late_best(rows: Rows) -> str | None:
-    found = {name: rows.find("C6", f"advantage over {name}") for name in registered.RIVALS}
-    parts = [
-        f"{abs(row.estimate):.1f} points {'more' if row.estimate > 0 else 'less'} than {'middle' if name == 'mid' else name} ones"
-        for name, row in found.items()
-        if row is not None
-    ]
-    return f"with the same budget late layers lower harm by {' and '.join(parts)}" if parts else None
+def _late_best(rows: Rows) -> str:
+    found, parts = rows.of("C6"), []
+    for name, which in (("early", "early"), ("mid", "middle")):
+        if (lead := found.get(f"advantage over {name}")) is not None:
+            parts.append(f"{abs(lead.estimate):.1f} points {'more' if lead.estimate > 0 else 'less'} than {which} ones")
+    return f"with the same budget late layers lower harm by {' and '.join(parts)}"
 
 
-def _adjacent(rows: Rows) -> str | None:
-    moran = rows.find("C7", "Moran's I")
-    if moran is None:
-        return None
+def _adjacent(rows: Rows) -> str:
+    moran = rows.of("C7")["Moran's I"]
     return f"Moran's I of neighbouring neurons is {_rounded(moran.estimate, 2)}, and in a random order 0"
 
 
+# By claim; asked of what a rule has judged. None where the verdict's reason says it all.
 FACTS: dict[str, Callable[[Rows], str | None]] = {
     "C1": _late, "C2": _mlps, "C3": _early, "C4": _carried, "C5a": _sparse, "C5b": _gate, "C5c": _first_token,
     "C6a": _harm_falls, "C6b": _harmless_kept, "C6c": _late_best, "C7": _adjacent,
@@ -215,21 +200,20 @@ def sentence(answer: Answer, rows: Rows) -> str:
     verdict = answer.verdict
     if verdict.verdict == "not testable":
         return f"Not measured: {verdict.reason.removeprefix('not testable: ')}."
-    fact = FACTS[verdict.claim](rows)
     if verdict.quantity.startswith("TE "):
         fact = f"the prompts move the answer by {verdict.estimate:.1f} log-odds only, too little to explain"
-    elif fact is None:
-        fact = verdict.reason
+    else:
+        fact = FACTS[verdict.claim](rows) or verdict.reason
     missing = [f"{name} {state}" for name, state in (verdict.controls or {}).items() if state != "passed"]
     stopped = f"; control: {', '.join(missing)}" if missing and answer.says == "inconclusive" else ""
     return f"{WORDS[answer.says]}: {fact}{stopped}."
 
 
 def to_markdown(own: str, given: Sequence[Answer], evidence: pd.DataFrame, built: str, *, invented: bool) -> str:
-    """The page of a model: three lines on top, a table of eleven rows, and what its words mean.
+    """The page of a model (`own`): three lines on top, a table of eleven rows, and what its words mean.
 
-    `given` has the answers on `own` and on the models of the run that it is compared with; `built` says which built models the
-    grades rest on. `invented` is True for a model of an invented language.
+    `given` has the answers on all models of the run, `built` says which built models the grades rest on, `invented` that the
+    model is of an invented language.
     """
     mine = [one for one in given if one.verdict.model == own]
     rows = Rows(own, evidence)
@@ -268,10 +252,9 @@ def _on_top(own: str, mine: Sequence[Answer], invented: bool) -> list[str]:
     """Three lines: what holds and what does not; what is not decided; what this says about language models."""
 
     def named(says: str) -> str:
-        found = [one for one in mine if one.says == says]
-        graded = says in ("supported", "contradicted")
-        listed = [f"{NAMES[c]} ({c}{f', {one.grade}' * graded})" for one in found for c in (one.verdict.claim,)]
-        return ", ".join(listed) or "nothing"
+        grade = ", {}" if says in ("supported", "contradicted") else ""
+        found = [(one.verdict.claim, grade.format(one.grade)) for one in mine if one.says == says]
+        return ", ".join(f"{NAMES[claim]} ({claim}{grade})" for claim, grade in found) or "nothing"
 
     open_ones = {
         "Undecided**, for the reason in its row:": named("inconclusive"),
@@ -279,11 +262,10 @@ def _on_top(own: str, mine: Sequence[Answer], invented: bool) -> list[str]:
         "Not measured**:": named("not testable"),
     }  # fmt: skip
     undecided = " ".join(f"**{why} {which}." for why, which in open_ones.items() if which != "nothing")
-    says = (
-        "Nothing. Model and language are invented: the answers say what a small network learned, and how far the method sees."
-        if invented
-        else f"Nothing yet: the answers are about `{own}` and this prompt set alone."
-    )
+    says = f"Nothing yet: the answers are about `{own}` and this prompt set alone."
+    if invented:
+        says = "Nothing. Model and language are invented: the answers say what a small network learned, and how far "
+        says += "the method sees."
     return [
         f"**What holds:** {named('supported')}. **What does not:** {named('contradicted')}.",
         undecided or "**Undecided**: nothing.",
@@ -313,9 +295,8 @@ def picture_table(own: str, given: Sequence[Answer]) -> pd.DataFrame:
 
     A model other than `own` has no row if fewer than half of the claims could be asked of it.
     """
-    rows = [
-        (v.model, v.claim, NAMES[v.claim], one.says, key_number(v), one.grade) for one in given for v in (one.verdict,)
-    ]
+    said = [(one.verdict, one) for one in given]
+    rows = [(v.model, v.claim, NAMES[v.claim], one.says, key_number(v), one.grade) for v, one in said]
     table = pd.DataFrame(rows, columns=["model", "claim", "name", "answer", "number", "grade"])
     n_asked = table.model.map(table[table.answer.isin(list(WORDS))].groupby("model").size())
     return table[(table.model == own) | (n_asked >= len(STATEMENTS) / 2)].reset_index(drop=True)

@@ -1,13 +1,12 @@
 """The pre-registered rules of all claims: what evidence supports, and what contradicts, each of them.
 
-A rule sees the evidence rows alone, of a model that passes the precondition, and asks as it was written down before the
-shipped models were measured. Arguments after the rows are points in which a corrected rule (`corrected_rules`) differs; their
-defaults are registered.
+A rule sees the evidence rows alone, of a model that passes the precondition, and asks as was written down before the shipped
+models were measured. Arguments after the rows are where a corrected rule (`corrected_rules`) differs; defaults are registered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -15,15 +14,13 @@ import numpy as np
 import pandas as pd
 
 from companion.base import thresholds
-from companion.base.thresholds import GATE_HIGH, KEPT_BY_FIRST_TOKEN, MIN_BENIGN, MLP_SHARE, POINTS, UNTRAINED
+from companion.base.thresholds import KEPT_BY_FIRST_TOKEN, MIN_BENIGN, MLP_SHARE, MLP_SHARE_WITH_OWN, POINTS
 from companion.claims import verdict
 from companion.claims.verdict import PSI, Rows, Verdict, conclude, control, decide, interval, is_high, is_low, same_side
 
 NO_EFFECT = "no component has a positive effect on the discover split"
 NO_NEURONS = "single neurons were not measured: run notebook 04b (a mixture of experts has no such neurons)"
 NO_BENIGN = "no benign behaviour to compare with"
-PROBE, ORDER = "probe above chance on held-out topics", "random order"  # controls
-
 PSI_MIDDLE = 0.225  # half way between the two thresholds of psi1
 INDEX_MIDDLE = 0.4  # half way between the two thresholds of the gate index
 SPECIFIC = 0.2  # benign answers changed, as a share of the effect on harmful ones
@@ -44,19 +41,15 @@ def rule_c1(rows: Rows) -> Verdict:
     share, centroid = rows.find("C1", "late share"), rows.find("C1", "centroid difference")
     if share is None:
         return Verdict(rows.model, "C1", "inconclusive", NO_EFFECT)
-    twin = Rows(rows.model + UNTRAINED, rows.evidence)
-    found = twin.find("C1", "late share"), twin.find("C1", "centroid difference")
-    twin_state = "failed" if _is_late(*found) else "not run" if twin.table.empty else "passed"
+    twin = Rows(rows.model + thresholds.UNTRAINED, rows.evidence)
     checks = {
         "benign behaviours": verdict.benign_behaviours(rows),
-        "untrained twin": twin_state,
+        "untrained twin": "not run" if twin.table.empty else "failed" if _is_late(twin) else "passed",
         "final norm frozen": same_side(rows, "C1", "late share", "norm frozen", 0.5),
         "unsaturated pairs": same_side(rows, "C1", "late share", "unsaturated", 0.5),
     }
-    decision = decide(
-        supported=_is_late(share, centroid),
-        contradicted=is_low(share) or (centroid is not None and centroid.ci_high <= 0),
-    )
+    is_not_later = centroid is not None and centroid.ci_high <= 0
+    decision = decide(supported=_is_late(rows), contradicted=is_low(share) or is_not_later)
     reason = f"late share {interval(share)}; "
     reason += NO_BENIGN if centroid is None else f"depth centroid, harm - benign: {interval(centroid)}"
     made = conclude(rows, share, decision, checks, reason)
@@ -65,7 +58,8 @@ def rule_c1(rows: Rows) -> Verdict:
     return replace(made, tags=(*imposed, *made.tags, *_robust(rows, made, "late share")))
 
 
-def _is_late(share: pd.Series | None, centroid: pd.Series | None) -> bool:
+def _is_late(rows: Rows) -> bool:
+    share, centroid = rows.find("C1", "late share"), rows.find("C1", "centroid difference")
     return share is not None and centroid is not None and is_high(share) and bool(centroid.ci_low >= 0.05)
 
 
@@ -91,14 +85,10 @@ def rule_c2(rows: Rows) -> Verdict:
     }
     both = total, direct
     decision = decide(supported=all(map(is_high, both)), contradicted=all(map(is_low, both)))
-    flips = [
-        name for name in sizes
-        if "failed" in [same_side(rows, "C2", str(raw.quantity), name, 0.5) for raw in both]
-    ]  # fmt: skip
-    reason = f"MLP share {interval(direct)} of direct effects, {interval(total)} of indirect effects"
-    reason += "" if (total.estimate > 0.5) == (direct.estimate > 0.5) else "; the two disagree"
-    sides = f"the side changes {' and '.join(flips)}" if flips else "no normalisation moves either across one half"
-    reason += f"; {sides}"
+    flips = [one for one in sizes if "failed" in [same_side(rows, "C2", str(raw.quantity), one, 0.5) for raw in both]]
+    reason = f"MLP share {interval(direct)} of direct effects, {interval(total)} of indirect effects; "
+    reason += "" if (total.estimate > 0.5) == (direct.estimate > 0.5) else "the two disagree; "
+    reason += f"the side changes {' and '.join(flips)}" if flips else "no normalisation moves either across one half"
     # Shown is the share that decides: both must pass, so the one that is further from doing so.
     lowest, highest = min(both, key=lambda row: row.ci_low), max(both, key=lambda row: row.ci_high)
     made = conclude(rows, highest if decision == "contradicted" else lowest, decision, checks, reason)
@@ -106,22 +96,22 @@ def rule_c2(rows: Rows) -> Verdict:
     return replace(made, tags=(*dependent, *made.tags, *_robust(rows, made, "MLP share of NIE")))
 
 
-def rule_c3(rows: Rows, for_support: Collection[str] = (), *, by_family: bool = False) -> Verdict:
+def rule_c3(rows: Rows, *, is_corrected: bool = False) -> Verdict:
     """Supported: psi0 low >= 0.30 and AUROC gain >= 0.05 (its interval above 0). Contradicted: psi0 high <= 0.10.
 
-    Controls named in `for_support` belong to the verdict supported only. With `by_family` every named family of pairs must
-    pass the threshold of psi0. The verdict shows the weakest one; where all of them are surely below the threshold, the strongest
-    one, which alone can keep the claim from being contradicted.
+    Corrected, every named family of pairs must pass, and the probe is a control of support alone. The weakest family is shown;
+    where all are surely below the threshold the strongest, which alone can keep the claim from being contradicted.
     """
     psi, gain = rows.find("C3", PSI), rows.find("C3", "AUROC gain")
     if psi is None or gain is None:
         return Verdict(rows.model, "C3", "not testable", "the early-layer effect or the probe was not measured")
+    probe = "probe above chance on held-out topics"
     checks = {
-        PROBE: control(rows.find("C3", "AUROC probe"), lambda row: row.ci_low > 0.5),
+        probe: control(rows.find("C3", "AUROC probe"), lambda row: row.ci_low > 0.5),
         "sign in unsaturated pairs": same_side(rows, "C3", PSI, "unsaturated", 0.0),
     }
     families = rows.variants("C3", PSI, "family ")
-    asked = list(families.values()) if by_family and families else [psi]
+    asked = list(families.values()) if is_corrected and families else [psi]
     decision = decide(
         supported=all(map(is_high, asked)) and gain.estimate >= 0.05 and gain.ci_low > 0,
         contradicted=all(map(is_low, asked)),
@@ -129,23 +119,20 @@ def rule_c3(rows: Rows, for_support: Collection[str] = (), *, by_family: bool = 
     reason = f"psi0 {interval(psi)} on tokens that do not differ; probe beats bag of tokens by {interval(gain)} AUROC"
     for name, row in families.items():
         side = " early" if is_high(row) else " not early" if is_low(row) else " undecided"
-        reason += f"; {name} {interval(row)}{side if by_family else ''}"
-    tags = (
-        ("families differ",) if len({row.estimate >= verdict.AT_LEAST[PSI][0] for row in families.values()}) > 1 else ()
-    )
+        reason += f"; {name} {interval(row)}{side if is_corrected else ''}"
+    differ = len({row.estimate >= verdict.AT_LEAST[PSI][0] for row in families.values()}) > 1
     strongest, weakest = max(asked, key=lambda row: row.ci_high), min(asked, key=lambda row: row.ci_low)
     shown = strongest if strongest.ci_high < 0.30 else weakest
+    for_support, tags = (probe,) if is_corrected else (), ("families differ",) if differ else ()
     return conclude(rows, shown, decision, checks, reason, for_support=for_support, tags=tags)
 
 
-def rule_c4(
-    rows: Rows, carried: str = MLP_SHARE, where: str = "above the hand-over layer",
-    others: Collection[str] = ("attention", "skip"),
-) -> Verdict:  # fmt: skip
+def rule_c4(rows: Rows, *, is_corrected: bool = False) -> Verdict:
     """Supported: MLPs alone carry low >= 0.60 of the hand-over residual stream's effect; contradicted: high <= 0.40.
 
-    `carried` is the share that decides, of the MLPs that lie there; the reason names the share of each other path too.
+    Corrected, the hand-over layer's own MLP is among them. The reason names the shares of the other paths, too, if registered.
     """
+    carried = MLP_SHARE_WITH_OWN if is_corrected else MLP_SHARE
     share, undefined = rows.find("C4", carried), rows.find("C4", "not defined")
     if share is None:
         if undefined is None:
@@ -159,8 +146,9 @@ def rule_c4(
         "unsaturated pairs": same_side(rows, "C4", carried, "unsaturated", 0.5),
     }
     decision = decide(supported=is_high(share), contradicted=is_low(share))
+    where = "from the hand-over layer's own on" if is_corrected else "above the hand-over layer"
     parts = [f"MLPs {where} carry {interval(share)} of the effect"]
-    shares = {name: rows.find("C4", f"share of {name}") for name in others}
+    shares = {name: rows.find("C4", f"share of {name}") for name in (() if is_corrected else ("attention", "skip"))}
     parts += [f"{name} {interval(row)}" for name, row in shares.items() if row is not None]
     if (layer := rows.find("C4", "hand-over layer")) is not None:
         parts.append(f"hand-over after layer {layer.estimate:.0f} [{layer.ci_low:.0f}, {layer.ci_high:.0f}]")
@@ -168,9 +156,9 @@ def rule_c4(
     return conclude(rows, share, decision, checks, "; ".join(parts))
 
 
-def rule_c5a(rows: Rows, for_support: Collection[str] = ()) -> Verdict:
+def rule_c5a(rows: Rows, *, is_corrected: bool = False) -> Verdict:
     """Supported: psi1 low >= 0.30, k90 <= max(1 % of the layer, 8), below the benign median. Contradicted: psi1 high <=
-    0.15 or k90 >= 10 % of the layer. Controls named in `for_support` belong to the verdict supported only.
+    0.15 or k90 >= 10 % of the layer. Corrected, the random order is a control of support alone.
     """
     psi, size = rows.find("C5a", "psi1"), rows.find("C5a", "neurons in the layer")
     if psi is None or size is None:
@@ -187,31 +175,29 @@ def rule_c5a(rows: Rows, for_support: Collection[str] = ()) -> Verdict:
     if k90 is None:  # and so it is not compared with any order
         sparsity = "k90 none: the mean of its two effects is against the treatment"
     else:
-        checks[ORDER] = control(random, lambda row: row.ci_low > k90.ci_high)
+        checks["random order"] = control(random, lambda row: row.ci_low > k90.ci_high)
         sparsity = f"k90 {k90.estimate:.0f} [{k90.ci_low:.0f}, {k90.ci_high:.0f}] of {size.estimate:.0f} neurons "
         sparsity += f"(sparse: at most {few:g}, distributed: at least {many:g}), "
         sparsity += f"benign median {np.median(benign):g}" if benign else NO_BENIGN
-    decision = decide(
-        supported=is_high(psi) and is_sparse,
-        contradicted=is_low(psi) or (k90 is not None and k90.estimate >= many),
-    )
+    is_dense = k90 is not None and k90.estimate >= many
+    decision = decide(supported=is_high(psi) and is_sparse, contradicted=is_low(psi) or is_dense)
     shown = psi if k90 is None or not is_high(psi) else k90
     reason = f"psi1 of the last MLP {interval(psi)}; {sparsity}"
-    return conclude(rows, shown, decision, checks, reason, for_support=for_support)
+    return conclude(rows, shown, decision, checks, reason, for_support=("random order",) if is_corrected else ())
 
 
-def rule_c5b(rows: Rows, index: pd.Series | None = None, *, may_read_out: bool = False) -> Verdict:
-    """Supported: gate index low >= 0.6, specific, not a readout. Contradicted: index high <= 0.2 in every form, b and c, that is
-    defined.
+def rule_c5b(rows: Rows, inside: pd.Series | None = None) -> Verdict:
+    """Supported: gate index low >= 0.6, specific, not a readout. Contradicted: high <= 0.2 in every defined form b and c.
 
-    Specific: benign share high <= 0.20 and perplexity ratio high <= 1.01. Not a readout: readout share high < 0.5, so that
-    less than half of the set's effect is what it writes into the logits itself (`may_read_out` drops this).
+    Specific: benign share high <= 0.20 and perplexity ratio high <= 1.01. Not a readout: less than half of the set's effect is
+    what it writes into the logits itself (readout share high < 0.5). The corrected rule reads the index `inside` a set instead,
+    which may be a readout.
 
     A last-layer neuron only adds into the last residual stream, so form a (the plain factorial) is near zero there whatever was
     learned. A gate could show inside a neuron (b) or below the last layer (c); "every form" has the whole last layer in it.
     What the index may be read from was widened after a first look (`companion.neurons.gating`).
     """
-    index = rows.find("C5b", "gate index") if index is None else index
+    index = rows.find("C5b", "gate index") if inside is None else inside
     if index is None:
         if rows.variants("C5b", "gate index, form", "a"):
             why = "no sparse set has at least 0.2 of TE at stake: there is nothing of which to ask whether it is a gate"
@@ -222,15 +208,13 @@ def rule_c5b(rows: Rows, index: pd.Series | None = None, *, may_read_out: bool =
     names = ("readout share", "benign share", "perplexity ratio", "timing share")
     # Other tests of the set that the index was measured on: the verdict's own, or the last layer's sparse set.
     tests = {name: rows.find("C5b", name) for name in names}
-    if index.quantity != "gate index":
-        last = {name: rows.find("C5b", name, "last layer") for name in names}
-        tests = {
-            k: row if row is not None and str(row.note).endswith("; last") else last[k] for k, row in tests.items()
-        }
+    for name, row in tests.items():
+        if inside is not None and (row is None or not str(row.note).endswith("; last")):
+            tests[name] = rows.find("C5b", name, "last layer")
     readout, benign, cost, _ = tests.values()
     is_gate = index.ci_low >= thresholds.GATE_LOW and signed is not None and signed.ci_low > 0
     is_specific = is_below(benign, thresholds.BENIGN_SHARE) and is_below(cost, thresholds.PERPLEXITY)
-    not_readout = may_read_out or (readout is not None and readout.ci_high < thresholds.READOUT)
+    not_readout = inside is not None or (readout is not None and readout.ci_high < thresholds.READOUT)
     frozen = "norm frozen" if index.variant == "main" else f"{index.variant}, norm frozen"
     checks = {
         "specificity measured": "not run" if benign is None or cost is None else "passed",
@@ -239,7 +223,7 @@ def rule_c5b(rows: Rows, index: pd.Series | None = None, *, may_read_out: bool =
     forms = [row for form in "bc" for row in gate_forms(rows, form)]
     decision = decide(
         supported=is_gate and is_specific and not_readout,
-        contradicted=bool(forms) and all(row.ci_high <= GATE_HIGH for row in forms),
+        contradicted=bool(forms) and all(row.ci_high <= thresholds.GATE_HIGH for row in forms),
     )
     parts = [f"gate index {interval(index)} ({index.note})"]
     if signed is not None and signed.ci_high < 0:
@@ -250,13 +234,9 @@ def rule_c5b(rows: Rows, index: pd.Series | None = None, *, may_read_out: bool =
 
 def gate_forms(rows: Rows, form: str) -> list[pd.Series]:
     """Rows of a form on the harm contrast that are defined; benign references carry a treatment's name."""
-    return [
-        row
-        for name, row in rows.variants("C5b", "gate index, form", f"{form}:").items()
-        if not name.endswith(("frozen", "read-out"))
-        and not str(row.note).startswith("not defined")
-        and ", own B" not in str(row.note)
-    ]
+    found = rows.variants("C5b", "gate index, form", f"{form}:").items()
+    mine = [row for name, row in found if not name.endswith(("frozen", "read-out"))]
+    return [row for row in mine if not str(row.note).startswith("not defined") and ", own B" not in str(row.note)]
 
 
 def is_below(row: pd.Series | None, limit: float) -> bool:
@@ -267,8 +247,7 @@ def is_below(row: pd.Series | None, limit: float) -> bool:
 def rule_c5c(rows: Rows, labels: str = "main") -> Verdict:
     """Supported: the first token keeps low >= 0.8 of the effect on all tokens, and specific; contradicted: high <= 0.4.
 
-    Specific: the share of benign answers that change has its upper limit at 20 % of the harm effect or below. `labels` is the
-    variant of the rows, which says how answers were labelled.
+    Specific: share of benign answers that change high <= 20 % of the harm effect. `labels`: the rows' variant, by who labelled.
     """
     kept, undefined = rows.find("C5c", KEPT_BY_FIRST_TOKEN, labels), rows.find("C5c", "not defined", labels)
     if kept is None:
@@ -291,19 +270,19 @@ def rule_c5c(rows: Rows, labels: str = "main") -> Verdict:
         reason += f"; effect of all tokens {interval(effect)}"
     if benign is not None:
         reason += f"; benign answers changed {interval(benign)}, {'' if is_specific else 'not '}specific"
-    tags = verdict.generation_tags(rows)
     if hard is not None:
         reason += f"; with a refusing run's values {interval(hard)} of harmless answers change"
-        # Not a part of the rule: benign pairs whose two runs agree cannot show it.
-        tags += ("closes harmless answers too",) if hard.ci_low > allowed else ()
-    return conclude(rows, kept, decision, checks, reason, tags=tags)
+    made = conclude(rows, kept, decision, checks, reason)
+    # Not a part of the rule: benign pairs whose two runs agree cannot show it.
+    closes_all = hard is not None and hard.ci_low > allowed
+    return replace(made, tags=(*made.tags, "closes harmless answers too")) if closes_all else made
 
 
 def rule_c6(rows: Rows) -> Verdict:
     """Supported: harm falls by >= 2 points, phi low >= 0.75, harmless loss high <= 2 points (n >= 300), rivals beaten.
 
-    Contradicted: steering early or mid layers, or along random directions, with the same budget does as well, or
-    harmless loss low > 2 points. The rivals enter the rule itself; as controls they must have been run, and fairly.
+    Contradicted: steering early or mid layers, or along random directions, with the same budget does as well, or harmless loss
+    low > 2 points. The rivals enter the rule itself; as controls they must have been run, and fairly.
     """
     found = trial(rows, "C6")
     if isinstance(found, Verdict):
@@ -311,24 +290,18 @@ def rule_c6(rows: Rows) -> Verdict:
     harm, phi, loss = (found[name] for name in TRIED)
     rivals = {name: found.get(f"advantage over {name}") for name in RIVALS}
     random = {family: found.get(f"p {family}") for family in RANDOM}
+    falls = harm.ci_high < 0 and harm.estimate <= -POINTS and phi.ci_low >= PHI
+    is_kept = loss.ci_high <= POINTS and loss.n_pairs >= MIN_HARMLESS
+    wins = all(map(is_beaten, rivals.values())) and all(map(beats_chance, random.values()))
+    # At least half of the random directions doing as well is no better than chance.
+    is_chance = any(row is not None and row.estimate >= 0.5 for row in random.values())
+    is_matched = any(not is_beaten(row) and is_below(row, POINTS) for row in rivals.values())
     decision = decide(
-        supported=harm.ci_high < 0
-        and harm.estimate <= -POINTS
-        and phi.ci_low >= PHI
-        and loss.ci_high <= POINTS
-        and loss.n_pairs >= MIN_HARMLESS
-        and all(is_beaten(row) for row in rivals.values())
-        and all(row is not None and row.estimate <= BEATS for row in random.values()),
-        contradicted=loss.ci_low > POINTS
-        or any(not is_beaten(row) and is_below(row, POINTS) for row in rivals.values())
-        # At least half of the random directions doing as well is no better than chance.
-        or any(row is not None and row.estimate >= 0.5 for row in random.values()),
+        supported=falls and is_kept and wins, contradicted=loss.ci_low > POINTS or is_matched or is_chance
     )
     # What else preservation asks for can spoil support, and no other verdict.
-    margins = {
-        f"{name} margin": control(found.get(name), partial(is_below, limit=most))
-        for name, most in thresholds.MARGINS.items()
-    }
+    limits = thresholds.MARGINS.items()
+    margins = {f"{name} margin": control(found.get(name), partial(is_below, limit=most)) for name, most in limits}
     checks = {
         **{f"{name} layers at equal budget": equal_budget(rows, name) for name in RIVALS},
         **{f"random directions, {family}": control(row) for family, row in random.items()},
@@ -352,6 +325,11 @@ def trial(rows: Rows, claim: str) -> Verdict | dict[str, pd.Series]:
     return Verdict(rows.model, claim, "not testable", why)
 
 
+def beats_chance(p: pd.Series | None) -> bool:
+    """Whether random directions of a family were tried, and did surely less."""
+    return p is not None and p.estimate <= BEATS
+
+
 def is_beaten(advantage: pd.Series | None) -> bool:
     """Whether a rival was tried, and does surely less."""
     return advantage is not None and advantage.ci_low > 0
@@ -370,14 +348,12 @@ def rule_c7(rows: Rows) -> Verdict:
     if moran is None:
         return Verdict(rows.model, "C7", "not testable", NO_NEURONS)
     window, p = rows.find("C7", "best window - best random group"), rows.find("C7", "best window, permutation p")
-    checks = {
-        "best window against random groups": control(p, lambda row: (row.estimate <= 0.05) == (moran.estimate > 0.05)),
-    }
+    agrees = control(p, lambda row: (row.estimate <= 0.05) == (moran.estimate > 0.05))
     reason = f"Moran's I {moran.estimate:.3f} [{moran.ci_low:.3f}, {moran.ci_high:.3f}] ({moran.note})"
     if window is not None and p is not None:
         reason += f"; best window - best random group {interval(window)} of TE, permutation p {p.estimate:.2f}"
     decision = decide(supported=is_high(moran), contradicted=is_low(moran))
-    return conclude(rows, moran, decision, checks, reason)
+    return conclude(rows, moran, decision, {"best window against random groups": agrees}, reason)
 
 
 RULES: dict[str, Callable[[Rows], Verdict]] = {

@@ -1,7 +1,7 @@
 """Verdicts on claims: evidence by name, the controls that cap a verdict, and the steps that every rule takes.
 
-A verdict is supported, contradicted, inconclusive or not testable. A rule is asked where its precondition holds: the
-treatment has an effect worth mediating. A control that fails or was not run caps the verdict at inconclusive.
+A verdict is supported, contradicted, inconclusive or not testable. A rule is asked where its precondition holds, and a
+control that fails or was not run caps its verdict at inconclusive.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def same_side(rows: Rows, claim: str, quantity: str, variant: str, middle: float
 
 
 def benign_behaviours(rows: Rows) -> str:
-    """The control that the centroid comparison rests on at least five benign behaviours."""
+    """The control that C1's centroid comparison rests on at least five benign behaviours."""
     n_used = sum(name.startswith("centroid B") for name in rows.of("C1"))
     return control(rows.find("C1", "centroid difference"), lambda _: n_used >= MIN_BENIGN)
 
@@ -110,15 +110,9 @@ def generation(rows: Rows) -> str:
     return "T2-T2b" if rows.find("gate", "TE T2-T2b") is not None else "T2"
 
 
-def generation_tags(rows: Rows) -> tuple[str, ...]:
-    """The tag of a verdict on generation that had no harmless twins to subtract."""
-    return ("no harmless twin",) if generation(rows) == "T2" else ()
-
-
 def precondition(rows: Rows, claim: str) -> Verdict | None:
-    """The verdict if the claim cannot be judged: treatment missing, too few topics, or no effect to mediate.
-
-    The treatment is T1 for C3, and the one that stands for generation for every other claim.
+    """The verdict if the claim cannot be judged: its treatment (T1 for C3, else that of generation) is missing, has too few
+    topics, or no effect to mediate.
     """
     treatment = "T1" if claim == "C3" else generation(rows)
     effect = rows.find("gate", f"TE {treatment}")
@@ -148,9 +142,8 @@ def conclude(
 ) -> Verdict:  # fmt: skip
     """A verdict that shows one evidence row; a control in `checks` that is not "passed" caps it at inconclusive.
 
-    A control of every claim is that comply and refuse openers hold at least 0.8 of the probability, so that Y1 sees the
-    behaviour. A run in half precision, whose effects are for screening only, caps as well. Controls named in `for_support`
-    belong to the verdict supported and to no other. `tags` are by default those of `generation_tags`.
+    So does half precision, and where the openers of both camps hold too little of the probability for Y1 to see the behaviour.
+    Controls named in `for_support` belong to the verdict supported alone. `tags`: by default whether twins are missing.
     """
     claim = claim or str(row.claim)
     joint = rows.find("gate", f"joint probability {'T1' if claim == 'C3' else 'T2'}")
@@ -162,10 +155,11 @@ def conclude(
         bad.append("half precision is for screening")
     if bad and decision != "inconclusive":
         decision, reason = "inconclusive", f"{reason}; {decision} by its numbers, capped: {', '.join(bad)}"
+    no_twin = ("no harmless twin",) if generation(rows) == "T2" else ()
     return Verdict(
         rows.model, claim, decision, reason, quantity=str(row.quantity), estimate=float(row.estimate),
         ci_low=float(row.ci_low), ci_high=float(row.ci_high), n_pairs=int(row.n_pairs), n_topics=int(row.n_topics),
-        controls=checks, tags=generation_tags(rows) if tags is None else tags,
+        controls=checks, tags=no_twin if tags is None else tags,
     )  # fmt: skip
 
 

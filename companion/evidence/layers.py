@@ -1,15 +1,20 @@
 """Evidence for C1, C2 and C3, and for the preconditions of every verdict: what the layer sweep knows about one study.
 
 C3 also asks a probe: can harmfulness be read off an early layer better than off the words alone? A linear probe on activations
-is compared with one on token counts, fitted on discover and scored on the topics of test, whose stems they have not seen. Only
-tokens that are the same in both prompts of a pair are read: what the probe finds there was carried in by context.
+of the tokens that both prompts of a pair share, where only context can have carried it, is compared with one on token counts.
+Both are fitted on discover and scored on the topics of test, which they have not seen.
+
+Two samples: topics and wrapper families (T2 - T2b), or topics and verbs (T1), drawn together for the key numbers of C1 to C4. No
+rule reads these intervals: they say how far a verdict is one on these wrappers alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -21,19 +26,27 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from companion.base.device import to_host
-from companion.base.thresholds import COMPUTED, MIN_TOTAL_EFFECT, deepest_early_layer, depth
+from companion.base.display import NotDefined
+from companion.base.files import EFFECTS, read_table
+from companion.base.thresholds import COMPUTED, MIN_TOTAL_EFFECT, MLP_SHARE_WITH_OWN, deepest_early_layer, depth
 from companion.mediation import estimands, mechanisms, summaries, sweeps
 from companion.mediation.estimands import batches, run_clean
+from companion.mediation.mechanisms import HELD, WITH_OWN
 from companion.mediation.study import Study
-from companion.mediation.summaries import VARIANTS, enough, late_share, mlp_share, select, signed
+from companion.mediation.summaries import VARIANTS, enough, late_share, mlp_share, select, signed, signed_contrast
 from companion.model.architecture import Subject
 from companion.prompts import positions
+from companion.prompts.pairs import Pair
 from companion.prompts.tokens import TokenPair
 from companion.stats import bootstrap, clusters
-from companion.stats.bootstrap import exact_row, mean_row, row, share_row
+from companion.stats.bootstrap import Quantity, exact_row, mean_row, row, share_row
 
 EvidenceRows = list[dict[str, object]]
 PSI = "psi0 early, shared tokens"
+FILES = {  # in a run's folder
+    "layers": "02_layers.parquet", "computed": "02_computed.parquet", "modules": "03_modules.parquet",
+    "carried": "05_carried.parquet",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,15 +60,14 @@ class Layers:
 
 
 def measure_layers(study: Study, label: str, *, full_response: bool = False, direct: bool = False) -> Layers:
-    """Clean runs, effects of every layer (`sweeps.layer_tables`) and the evidence they give, under a model label.
+    """Clean runs, effects of every layer and the evidence they give, under a model label.
 
     `full_response` adds Y2 for T2 and T2b, unless each pair is costly; `direct` adds direct effects.
     """
     found = sweeps.run_sweep(study, "layers with direct effects" if direct else "layers")
     clean, effects = found["clean"], found["effects"]
     if full_response and study.of("T2", "T2b") and not study.is_costly:
-        whole = sweeps.run_sweep(study, "whole answers")["effects"]
-        effects = pd.concat([effects, whole], ignore_index=True)
+        effects = pd.concat([effects, sweeps.run_sweep(study, "whole answers")["effects"]], ignore_index=True)
     clean, effects = (estimands.with_difference(table, study.twins) for table in (clean, effects))
     rows = precondition_rows(clean, label, study.subject.n_layers)
     bits = 1 - math.log2(torch.finfo(study.subject.dtype).eps)
@@ -76,10 +88,8 @@ def precondition_rows(clean: pd.DataFrame, model: str, n_layers: int) -> Evidenc
         for treatment, part in test.groupby("treatment", sort=False)
     ]
     generation = test[test.treatment == "T2"]
-    if len(generation):
-        arrives = generation.assign(at=depth(generation.earliest, n_layers))
-        rows.append(mean_row(arrives, "at", model, "gate", "earliest possible depth"))
-    return rows
+    arrives = generation.assign(at=depth(generation.earliest, n_layers))
+    return rows + ([mean_row(arrives, "at", model, "gate", "earliest possible depth")] if len(arrives) else [])
 
 
 def evidence_c1(table: pd.DataFrame, model: str, n_layers: int) -> EvidenceRows:
@@ -119,8 +129,7 @@ def evidence_c2(
 ) -> EvidenceRows:
     """C2, MLP not attention: MLP share of total (NIE) and of direct effects, raw and under each normalisation.
 
-    `scales` maps a normalisation to its divisor by (site, layer). Direct effects are those of the frozen-norm linear
-    contrast, which add up to its total effect.
+    `scales` maps a normalisation to its divisor by (site, layer). Direct effects are those of the frozen-norm linear contrast.
     """
     rows: EvidenceRows = []
     treatment = summaries.primary(totals)
@@ -197,8 +206,8 @@ def shared_token_features(
 def auroc(scores: Mapping[str, Float[np.ndarray, "pair side"]], topics: Sequence[str]) -> bootstrap.Estimates:
     """AUROC of each set of scores, then the gain of the first over the second, topics resampled.
 
-    It counts, over all (treated, control) prompts of any two pairs, how often the treated one scores higher (ties count
-    half). With one weight a topic it is a quadratic form in the weights.
+    It counts, over all (treated, control) prompts of any two pairs, how often the treated one scores higher (ties: half). With
+    one weight a topic it is a quadratic form in the weights.
     """
     names, codes = np.unique(np.asarray(topics), return_inverse=True)
     member = np.eye(len(names))[codes]
@@ -216,3 +225,75 @@ def auroc(scores: Mapping[str, Float[np.ndarray, "pair side"]], topics: Sequence
     # Sums whose resampled columns are the topics' weights themselves: column c is 1 in cluster c.
     eye, strata = np.eye(len(names)), np.zeros(len(names), dtype=int)
     return bootstrap.bootstrap(clusters.ClusterSums(eye, eye, pd.DataFrame(), pd.Index(names), strata), statistic)
+
+
+# ---- two samples ----
+
+
+def second_level(pairs: Iterable[Pair]) -> dict[str, str]:
+    """For each pair of T1 its verb, of T2 and T2b its family of wrappers (without the tier that the invented language has).
+
+    Pairs without a marked verb, or without a named family, are left out.
+    """
+    found = {}
+    for pair in pairs:
+        if pair.treatment == "T1":
+            start, end = pair.spans.get("treated", {}).get("verb", (0, 0))
+            found[pair.id] = pair.treated[start:end]
+        elif pair.treatment in ("T2", "T2b"):
+            found[pair.id] = re.sub(r"(?<=.)-\d+$", "", pair.family)
+    return {name: level for name, level in found.items() if level}
+
+
+def read_effects(folder: Path) -> dict[str, pd.DataFrame]:
+    """The pair-level tables of a run that `two_way_table` can use, as far as the run left them (`FILES`)."""
+    return {name: read_table(folder / file, EFFECTS) for name, file in FILES.items() if (folder / file).is_file()}
+
+
+def two_way_table(tables: Mapping[str, pd.DataFrame], pairs: Iterable[Pair]) -> pd.DataFrame | NotDefined:
+    """Key numbers of C1 to C4 with their interval over topics, and that over topics and wrapper families, or verbs.
+
+    `tables` are pair-level effects by name, whichever of `FILES` a run has; `wider` is the ratio of the widths. A number whose
+    pairs share one family or verb has no row; NotDefined where none has a row.
+    """
+    level, rows = second_level(pairs), []
+    for claim, quantity, name, asked in KEY_NUMBERS:
+        share = asked(tables[name]) if name in tables and len(tables[name]) else None
+        if share is None:
+            continue
+        table = share.table.assign(level=share.table.pair_id.map(level)).dropna(subset="level")
+        n_topics, n_levels = table.topic.nunique(), table.level.nunique()
+        if min(n_topics, n_levels) < 2:
+            continue
+        one = replace(share, table=table).estimates()
+        cells = table.assign(topic=list(zip(table.topic, table.level, strict=True)))
+        sums = clusters.cluster_sums(cells, share.values, by=share.by)
+        topics, levels = (np.array(names) for names in zip(*sums.clusters, strict=True))
+        both = bootstrap.two_way(sums, share.statistic, topics, levels)
+        ends = [float(x[0]) for x in (one.estimate, one.low, one.high, both.low, both.high)]
+        factor = "verbs" if table.treatment.iloc[0] == "T1" else "wrapper families"
+        wider = (ends[4] - ends[3]) / (ends[2] - ends[1]) if ends[2] > ends[1] else np.nan
+        rows.append((claim, quantity, factor, n_topics, n_levels, *ends, wider))
+    if not rows:
+        return NotDefined("Two samples need pairs of at least two wrapper families, or of two verbs.")
+    columns = ["claim", "quantity", "drawn with topics", "topics", "levels", "estimate", "low", "high", "low both"]
+    return pd.DataFrame(rows, columns=[*columns, "high both", "wider"])
+
+
+def _carried(table: pd.DataFrame) -> Quantity | None:
+    treatment = summaries.primary(table)
+    hand_over = mechanisms.hand_over_layer(table, treatment, "discover")
+    if hand_over.empty:
+        return None
+    effects = signed_contrast(table, treatment, list(HELD), split=None)
+    return mechanisms.path_shares(effects, int(hand_over.layer.iloc[0]), paths=WITH_OWN)
+
+
+# Claim, key number, the table that it is computed from, and how.
+KEY_NUMBERS: tuple[tuple[str, str, str, Callable[[pd.DataFrame], Quantity | None]], ...] = (
+    ("C1", "late share", "layers", lambda t: late_share(signed_contrast(t, split=None), t.layer.max() + 1)),
+    ("C1", COMPUTED, "computed", lambda t: late_share(signed(t), t.layer.max() + 1)),
+    ("C2", "MLP share of direct effects", "modules", lambda t: mlp_share(summaries.written(t, summaries.primary(t)))),
+    ("C3", PSI, "layers", lambda t: summaries.psi0(summaries.early_shared(t, t.layer.max() + 1))),
+    ("C4", MLP_SHARE_WITH_OWN, "carried", _carried),
+)

@@ -22,12 +22,11 @@ from companion.neurons.clamping import LastLayerCache, NeuronSet, four_cells
 from companion.neurons.gating import FORMS, LAST, WHOLE, GateForm
 from companion.neurons.sets import Measured, cumulative, measure_all, on_contrast, sizes, whole_layer
 from companion.neurons.single import PairEffects, all_neurons, in_columns, in_split, ranking, signed
-from companion.stats.bootstrap import Estimates, exact_row, interval, row
+from companion.stats.bootstrap import exact_row, interval, row
 
 N_RANDOM_ORDERS = {False: 10, True: 2}  # fewer where each pair is costly
-BENIGN_PAIRS, BENIGN_PAIRS_QUICK = CONTROL_PAIRS, 48
-ANSWER_PAIRS = 120
-NAMES = ("topic", "treatment", "split", "set", "form", "outcome")
+BENIGN_PAIRS, BENIGN_PAIRS_QUICK, ANSWER_PAIRS = CONTROL_PAIRS, 48, 120
+NO_SCREEN = NotDefined("Every neuron of this model was measured exactly: there is no screen.")
 NOTHING = NotDefined("No neuron of the last layer has an effect, or a split has too few topics.")
 DIRECTIONS = {"main": "nie", "sufficiency": "nie0", "necessity": "nie1"}
 
@@ -56,9 +55,8 @@ class Neurons:
 def measure_neurons(study: Study, layers: Sequence[int] | None = None) -> Neurons:
     """Measure the neurons of a study: generation treatments (T2, T2b) at every layer (or `layers`), others at the last.
 
-    Where the model is small, all of them exactly; else the last layer, the top of a gradient screen and a random sample.
-    Benign behaviours, which are a comparison, use fewer pairs; T1, which no claim needs, and validate are left out where each
-    pair is costly.
+    Where the model is small, all of them exactly; else the last layer, the top of a gradient screen and a random sample. Benign
+    behaviours use fewer pairs; T1, which no claim needs, and validate are left out where each pair is costly.
     """
     study = study.judged
     subject, last = study.subject, all_neurons(study.subject, [study.subject.n_layers - 1])
@@ -78,16 +76,13 @@ def measure_neurons(study: Study, layers: Sequence[int] | None = None) -> Neuron
     measured = measure_all(_with_few_benign(study, BENIGN_PAIRS), columns)
     table = pd.concat([single.neuron_table(effects) for effects in measured.effects.values()], ignore_index=True)
     if is_exact:
-        return Neurons(
-            measured, table, NotDefined("Every neuron of this model was measured exactly: there is no screen.")
-        )
+        return Neurons(measured, table, NO_SCREEN)
     # How far the screen can be trusted, and its estimates behind the exact rows.
     effects = measured.effects[summaries.primary(table)]
-    place = pd.MultiIndex.from_frame(effects.columns).get_indexer(pd.MultiIndex.from_frame(chosen[["layer", "neuron"]]))
+    columns_of = chosen[["layer", "neuron"]]
+    place = pd.MultiIndex.from_frame(effects.columns).get_indexer(pd.MultiIndex.from_frame(columns_of))
     values = {name: array[:, place] for name, array in effects.values.items()}
-    trust = screening.screen_trust(
-        chosen, replace(effects, columns=chosen[["layer", "neuron"]], values=values), len(below)
-    )
+    trust = screening.screen_trust(chosen, replace(effects, columns=columns_of, values=values), len(below))
     guessed = screening.estimate_rows(below, chosen, effects)
     return Neurons(measured, pd.concat([table, guessed], ignore_index=True), trust)
 
@@ -107,16 +102,13 @@ def curve(found: Neurons, treatment: str, order: Int[np.ndarray, "neuron"] | Non
 
 def enough(found: Neurons, treatment: str) -> bool:
     """Whether any neuron has an effect, and discover and test hold pairs of at least two topics each."""
-    pairs = found.measured.effects[treatment].pairs
-    return bool(np.any(found.measured.effects[treatment].nie)) and all(
-        pairs.topic[pairs.split == split].nunique() >= 2 for split in ("discover", "test")
-    )
+    effects = found.measured.effects[treatment]
+    n_topics = effects.pairs.groupby("split").topic.nunique()
+    return bool(np.any(effects.nie)) and all(n_topics.get(split, 0) >= 2 for split in ("discover", "test"))
 
 
 def all_curves(found: Neurons) -> dict[str, PairEffects] | NotDefined:
-    """The curve of the primary treatment ("main"), of random orders (their mean), and of each benign behaviour by its name;
-    not defined where nothing has an effect.
-    """
+    """The curves of the primary treatment ("main"), of random orders (their mean), and of each benign behaviour by its name."""
     name = found.primary
     if not enough(found, name):
         return NOTHING
@@ -140,10 +132,9 @@ def evidence_c5a(found: Neurons, model: str, made: Mapping[str, PairEffects] | N
         if other != "main":
             variant, behind = ("main", f" {other}") if other in found.benign else (other, "")
             rows += _curve_rows(model, one, d_mlp, variant, behind=behind)
-    passed = found.table[(found.table.treatment == name) & (found.table.split == "test")]
-    passed = passed[passed.layer == found.measured.last]
-    counts = {"neurons in the layer": d_mlp, "neurons that pass": int(single.passing(passed).sum())}
-    size = len(tested), tested.topic.nunique()
+    last = found.table[(found.table.treatment == name) & (found.table.layer == found.measured.last)]
+    passed = int(single.passing(last[last.split == "test"]).sum())
+    size, counts = (len(tested), tested.topic.nunique()), {"neurons in the layer": d_mlp, "neurons that pass": passed}
     return rows + [exact_row(model, "C5a", label, value, *size) for label, value in counts.items()]
 
 
@@ -166,9 +157,8 @@ def _curve_rows(
     model: str, one: PairEffects, d_mlp: int, variant: str, value: str = "nie", behind: str = ""
 ) -> EvidenceRows:
     """Rows of `curve_summary` but psi; none where the whole layer works against the treatment and no k settles."""
-    found = sets.curve_summary(one, value)
-    settled = found.estimate[sets.SUMMARY.index("k90")] <= d_mlp
-    kept = [i for i, label in enumerate(sets.SUMMARY) if label != "psi" and settled]
+    found, kept = sets.curve_summary(one, value), [sets.SUMMARY.index(name) for name in ("k50", "k90")]
+    kept = kept if found.estimate[kept[1]] <= d_mlp else []
     return [row(model, "C5a", sets.SUMMARY[i] + behind, variant, found, len(one.pairs), i) for i in kept]
 
 
@@ -207,18 +197,14 @@ def evidence_c7(
 
 
 def quick_study(study: Study) -> Study:
-    """What a model's relative is measured on: no validate pairs, no recognition (T1), which no claim about neurons reads, and
-    at most 48 pairs a benign behaviour.
-    """
+    """What a model's relative is measured on: no validate pairs, no T1, and at most 48 pairs a benign behaviour."""
     pairs = tuple(p for p in study.pairs if p.pair.split != "validate" and p.pair.treatment != "T1")
     return _with_few_benign(replace(study, pairs=pairs), BENIGN_PAIRS_QUICK)
 
 
 def measure_last_layer(study: Study) -> Neurons | None:
     """The sweep for a model's relatives: the last layer only, on `quick_study`. None without T2: nothing to measure."""
-    if not study.of("T2"):
-        return None
-    return measure_neurons(quick_study(study), [study.subject.n_layers - 1])
+    return measure_neurons(quick_study(study), [study.subject.n_layers - 1]) if study.of("T2") else None
 
 
 def neuron_evidence(found: Neurons | None, model: str) -> EvidenceRows:
@@ -250,12 +236,11 @@ class Gates:
     @property
     def tested(self) -> list[str]:
         """Names of the sets that all four tests are made on: the last layer's sparse set, and the one that the verdict reads."""
-        chosen = self.headline
-        return list(dict.fromkeys([LAST, *([chosen.set_name] if chosen else [])]))
+        return list(dict.fromkeys([LAST, self.headline.set_name if self.headline else LAST]))
 
 
 def measure_gates(study: Study, table: pd.DataFrame) -> Gates | NotDefined:
-    """The four tests on the sparse sets of a neuron table (`single.NEURONS`); validate pairs are not used.
+    """The four tests on the sparse sets of a neuron table (`single.NEURONS`), without validate pairs.
 
     Not defined if the study has no jailbreak wrappers (T2), or no effect in the last layer.
     """
@@ -275,8 +260,9 @@ def measure_gates(study: Study, table: pd.DataFrame) -> Gates | NotDefined:
         timed = timing.timing_effects(study.subject, harm, study.openers, tested)
         found = replace(found, timing=with_difference(timed, study.twins))
     control = [pair for pair in thin.of("T2") if pair.pair.split == "discover"]
-    benign = [p for p in study.subsample(BENIGN_PAIRS_QUICK).pairs if p.pair.treatment.startswith("B")]
-    benign = [pair for pair in benign if pair.pair.split == "test"]
+    benign = [
+        p for p in study.subsample(BENIGN_PAIRS_QUICK).pairs if p.pair.treatment[0] == "B" and p.pair.split == "test"
+    ]
     if benign and control:
         closed = timing.closed_values(study.subject, control, tested)
         found = replace(found, cost=timing.closing_cost(study.subject, benign, study.openers, closed))
@@ -284,10 +270,8 @@ def measure_gates(study: Study, table: pd.DataFrame) -> Gates | NotDefined:
 
 
 def _gate_cells(study: Study, table: pd.DataFrame, sets: dict[str, NeuronSet]) -> pd.DataFrame:
-    """The four cells of every set on T2 and T2b, across twins, and on benign pairs.
-
-    Across twins gate and up are set apart with the harm signal switched by the twin, and `te` is that of T2 - T2b. On benign
-    pairs stand the harm sets (specificity), and each behaviour's own sparse set (the index's reference).
+    """The four cells of every set on T2 and T2b, across twins (where the twin switches the harm signal, and `te` is that of
+    T2 - T2b), and on benign pairs those of the harm sets (specificity) and of each behaviour's own sparse set (reference).
     """
     caches, every, harm = dict[str, LastLayerCache](), list(sets.values()), study.of("T2", "T2b")
     cells = with_difference(four_cells(study.subject, harm, study.openers, every, (LAST, WHOLE), caches), study.twins)
@@ -301,7 +285,8 @@ def _gate_cells(study: Study, table: pd.DataFrame, sets: dict[str, NeuronSet]) -
         own = gating.sets_of(study, table, name) if name in set(table.treatment) else {}
         some = [*every, *([replace(own[LAST], name=f"own {name}")] if LAST in own else [])]
         made.append(four_cells(study.subject, thin.of(name), study.openers, some, (f"own {name}",), caches))
-    return pd.concat(made).astype(dict.fromkeys(NAMES, "category"))  # rows are chosen by them again and again
+    chosen_by = ("topic", "treatment", "split", "set", "form", "outcome")  # again and again
+    return pd.concat(made).astype(dict.fromkeys(chosen_by, "category"))
 
 
 def gating_evidence(study: Study, table: pd.DataFrame, model: str) -> EvidenceRows:
@@ -311,14 +296,13 @@ def gating_evidence(study: Study, table: pd.DataFrame, model: str) -> EvidenceRo
 
 def evidence_c5b(found: Gates | NotDefined, model: str) -> EvidenceRows:
     """Evidence rows of C5b: every form of the index, specificity, timing and readout; "gate index", main, is the headline."""
-    rows: EvidenceRows = []
     if isinstance(found, NotDefined):
-        return rows
+        return []
+    rows, chosen = EvidenceRows(), found.headline
     for one in found.forms:
         where = "" if one.treatment == found.primary else f" {one.treatment}"
         label = FORMS[one.experiment] + (", whole layer" if one.set_name == WHOLE else "") + where
         rows += _index_rows(model, "gate index, form", label, one)
-    chosen = found.headline
     if chosen:
         rows += _index_rows(model, "gate index", "main", chosen)
     for name in found.tested:
@@ -344,14 +328,14 @@ def _other_rows(found: Gates, model: str, name: str, variant: str) -> EvidenceRo
     # Only benign behaviours whose TE is large enough on discover have an effect to compare with.
     benign = sorted(te.index[te.abs() >= MIN_TOTAL_EFFECT])
     n_harm = len(gating.select(found.cells, found.primary, name, "upstream", "Y1", "test"))
-    measured: list[tuple[str, Estimates | None, int]] = [
+    measured = [
         ("readout share", gating.readout_share(found.cells, found.primary, name), n_harm),
         ("benign share", gating.benign_share(found.cells, found.primary, name, benign), n_harm),
     ]
     if len(found.cost):
         measured.append(("perplexity ratio", gating.perplexity_ratio(found.cost, name), len(found.cost)))
     if len(found.timing):
-        share, n = gating.timing_share(found.timing, found.primary, name), found.timing.treatment == found.primary
-        measured.append(("timing share", share, int(n.sum())))
+        n_timed = int((found.timing.treatment == found.primary).sum())
+        measured.append(("timing share", gating.timing_share(found.timing, found.primary, name), n_timed))
     note = {"note": f"{len(benign)} benign behaviours; {name}"}
     return [row(model, "C5b", quantity, variant, one, n) | note for quantity, one, n in measured if one is not None]

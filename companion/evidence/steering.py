@@ -21,10 +21,9 @@ from companion.steering.experiment import PLAIN, Prompts, SteeringExperiment, ch
 from companion.steering.indirect_effects import share_left, share_neutralised, test_effects
 
 PLACES: Final = {
-    "late": "late layers, fitted (the method)",
-    "early": "early layers, the best of three",
+    "late": "late layers, fitted (the method)", "early": "early layers, the best of three",
     "mid": "middle layers, the best of three",
-}
+}  # fmt: skip
 WEAK: Final = 3  # wrapper tiers up to here count as weak
 Row = dict[str, object]
 
@@ -48,9 +47,9 @@ def not_defined(reason: str) -> list[Row]:
 def outcome_rows(plain: pd.DataFrame, steered: pd.DataFrame, refits: Sequence[float] = ()) -> list[Row]:
     """Harm change, over-refusal and harmless loss of one method, in points; the first with the variance of the refits.
 
-    `refits` are harm changes with directions fitted on other draws of the discover topics. Beside them stand its greedy
-    answers, weak and strong wrappers apart, and the smallest change that each kind of prompt could have shown at 80 % power
-    (from the spread over topics of the plain model's rate: pairing, and common random numbers, can only make it smaller).
+    `refits` are harm changes with directions fitted on other draws of the discover topics. Beside them stand greedy answers,
+    weak and strong wrappers apart, and the smallest change that each kind of prompt could have shown at 80 % power (from the
+    spread over topics of the plain model's rate: pairing can only make it smaller).
     """
     harm = changed(plain, steered, "harmful")
     made = [evidence_row("harm change", rates.with_refits(harm, refits) if len(refits) > 1 else harm)]
@@ -58,29 +57,27 @@ def outcome_rows(plain: pd.DataFrame, steered: pd.DataFrame, refits: Sequence[fl
         if (plain.kind == kind).any():  # a set may lack one
             made.append(evidence_row(name, changed(plain, steered, kind)))
     if len(refits) > 1:
+        note = "harm changes of the refits: " + ", ".join(f"{one:.1f}" for one in sorted(refits))
         spread = _single(float(np.std(refits, ddof=1)), len(refits))
-        each = ", ".join(f"{one:.1f}" for one in sorted(refits))
-        made.append(evidence_row("spread over refits", spread, note=f"harm changes of the refits: {each}"))
+        made.append(evidence_row("spread over refits", spread, note=note))
     if "greedy" in steered:
         made.append(evidence_row("harm change", changed(plain, steered, "harmful", "greedy"), "greedy"))
-    wrapped = (steered.kind == "harmful") & (steered.tier > 0)
-    weak = steered.tier <= WEAK
+    wrapped, weak = (steered.kind == "harmful") & (steered.tier > 0), steered.tier <= WEAK
     for name, mask in (("weak wrappers", wrapped & weak), ("strong wrappers", wrapped & ~weak)):
         if steered.loc[mask, "topic"].nunique() > 1:
             made.append(evidence_row("harm change", changed(plain[mask], steered[mask], "harmful"), name))
     for kind, part in plain.groupby("kind", sort=False):
-        good = 100 * (part.label == experiment.GOOD[str(kind)])
-        smallest = rates.detectable(good.to_numpy(float), part.topic.to_numpy())
-        if np.isfinite(smallest):
+        good = 100 * (part.label == experiment.GOOD[str(kind)]).to_numpy(float)
+        if np.isfinite(smallest := rates.detectable(good, part.topic.to_numpy())):
             made.append(evidence_row("detectable change", _single(smallest), str(kind)))
     return made
 
 
 @dataclass(frozen=True)
 class SameBudget:
-    """The decisive method ("late"), the best early and middle steering and random directions, all at its budget.
+    """The decisive method ("late"), the best early and middle steering (`steered`), and random directions, all at its budget.
 
-    `steered` holds the first three by name, `answers` those of the rivals to the harmful prompts, `spent` what each adds.
+    `answers` are those of the rivals to the harmful prompts, `spent` is what each adds.
     """
 
     steered: Mapping[str, Steering]
@@ -103,7 +100,7 @@ def at_same_budget(
 
 
 def falls_of_log_odds(found: SameBudget, test: EvaluationPrompts) -> pd.DataFrame:
-    """Mean fall of the log-odds of complying on jailbroken test prompts, by what the budget was spent on.
+    """Mean fall of the log-odds of complying on jailbroken test prompts, by what the budget was spent on (`place`).
 
     Columns: place, estimate, low, high. A random direction is one row without an interval (both limits its estimate).
     """
@@ -175,9 +172,8 @@ def steering_evidence(study: Study, prompt_set: Prompts) -> list[Row]:
     this = experiment.open_experiment(study, prompt_set)
     if isinstance(this, NotDefined) or this.fit.missing:
         return not_defined(this.reason if isinstance(this, NotDefined) else this.fit.missing)
-    made = comparison.builders(study.subject.n_layers)
     validate = budget.evaluation_prompts(this, "validate")
-    defined, refused = comparison.build_methods(this.fit, made, [DECISIVE])
+    defined, refused = comparison.build_methods(this.fit, comparison.builders(study.subject.n_layers), [DECISIVE])
     if refused:
         return not_defined(refused[DECISIVE])
     late = comparison.tuned(validate, defined)[DECISIVE]
@@ -186,5 +182,4 @@ def steering_evidence(study: Study, prompt_set: Prompts) -> list[Row]:
     test = budget.evaluation_prompts(this, "test")
     changes = refit_changes(this, late, plain)
     price = experiment.prices(this, late, test.free, test.own)
-    same = at_same_budget(late, validate, test, plain)
-    return trial_rows(this, late, plain, steered, price, same, changes)
+    return trial_rows(this, late, plain, steered, price, at_same_budget(late, validate, test, plain), changes)

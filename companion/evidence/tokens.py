@@ -31,9 +31,8 @@ WANTED = ("none", "first token", "first five", "all tokens")
 
 @dataclass(frozen=True)
 class Timing:
-    """The clamped neurons, and what the clamps do on test: to harmful answers, to Y2, to benign answers of two kinds.
-
-    `benign` answers are clamped to the other run of their own pair, `transferred` harmless ones to the refusing run.
+    """The clamped neurons, and what the clamps do on test: to harmful `answers`, to Y2 (`forced`), and to benign answers,
+    clamped to the other run of their own pair (`benign`), or harmless ones to a refusing run (`transferred`).
     """
 
     neurons: tuple[int, ...]
@@ -46,7 +45,7 @@ class Timing:
 def top_neurons(study: Study) -> tuple[int, ...]:
     """The last-layer neurons that are clamped: ranked by |mean NIE| on discover, k90 of them by the curve on validate.
 
-    Where no k has 0.9 of the layer's effect and keeps it, the first 64 are taken (fewer if the layer has fewer).
+    Where no k has 0.9 of the layer's effect and keeps it, the first 64 are taken.
     """
     subject, treatment = study.subject, "T2-T2b" if study.twins and study.of("T2b") else "T2"
     last = all_neurons(subject, [subject.n_layers - 1])
@@ -96,14 +95,12 @@ def refusing(study: Study, pairs: Sequence[TokenPair]) -> list[TokenPair]:
 def harmful_rates(answers: pd.DataFrame) -> pd.DataFrame:
     """Share of harmful answers by clamp and schedule.
 
-    Columns: clamp, schedule, n, estimate, low, high (Wilson, over prompts), and the shares that are `refused` and
-    `off_topic`.
+    Columns: clamp, schedule, n, estimate, low, high (Wilson, over prompts), and the shares that are `refused` and `off_topic`.
     """
     rows = []
     for key, part in answers.groupby(["clamp", "schedule"], sort=False):
-        harmful, refused, off_topic = ((part.label == name) for name in ("harmful", "refusal", "off_topic"))
-        share = clusters.rate(int(harmful.sum()), len(part))
-        rows.append((*key, len(part), *share, float(refused.mean()), float(off_topic.mean())))
+        share = clusters.rate(int((part.label == "harmful").sum()), len(part))
+        rows.append((*key, len(part), *share, *((part.label == name).mean() for name in ("refusal", "off_topic"))))
     columns = ["clamp", "schedule", "n", "estimate", "low", "high", "refused", "off_topic"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -120,17 +117,14 @@ def evidence_c5c(found: Timing | NotDefined, model: str) -> EvidenceRows:
     if isinstance(found, NotDefined) or found.answers.topic.nunique() < 2:
         return []
     harm = found.answers.assign(y=(found.answers.label == "harmful").astype(float))
-    rows: EvidenceRows = []
-    for name, variant in (("neurons", "main"), ("whole MLP", "whole MLP")):
-        rows += kept_share_rows(taken_away(harm[harm.clamp == name]), model, variant)
+    rows = kept_share_rows(taken_away(harm[harm.clamp == "neurons"]), model, "main")
+    rows += kept_share_rows(taken_away(harm[harm.clamp == "whole MLP"]), model, "whole MLP")
     if (harm.content != "").all():
         by_content = harm[harm.clamp == "neurons"].assign(y=lambda part: (part.content == "harmful").astype(float))
         rows += kept_share_rows(taken_away(by_content), model, CONTENT_JUDGE)
     rows += kept_share_rows(taken_away(found.forced), model, "full response", is_judged=False)
-    for answers, quantity in (
-        (found.benign, "benign answers changed"),
-        (found.transferred, "harmless answers changed, refusing run's values"),
-    ):
+    hard = "harmless answers changed, refusing run's values"
+    for answers, quantity in ((found.benign, "benign answers changed"), (found.transferred, hard)):
         if len(answers) and answers.topic.nunique() > 1:
             rows.append(changed_share_row(answers, model, quantity))
     note = f"the {len(found.neurons)} largest neurons of the last layer"
@@ -157,10 +151,10 @@ def at_least_exact(found: bootstrap.Estimates, n: int) -> bootstrap.Estimates:
 
 
 def kept_share_rows(table: pd.DataFrame, model: str, variant: str, *, is_judged: bool = True) -> EvidenceRows:
-    """Rows of the effect of all tokens and of the shares kept; "not defined" where all tokens have no sure effect.
+    """Rows of the effect of all tokens and of the shares kept (of `taken_away`); "not defined" if all have no sure effect.
 
-    `table` is that of `taken_away`. Judged answers are counts, so their limits are those of `at_least_exact`; the trials
-    are all topics for the effect, and for what is kept of it the topics that have some.
+    Judged answers are counts, so their limits are those of `at_least_exact`; the trials are all topics for the effect, and for
+    what is kept of it the topics that have some.
     """
     sums = clusters.cluster_sums(table, ["first token", "first five", "all tokens"])
     whole = interval(sums, clusters.contrast([0, 0, 1]))
@@ -195,8 +189,8 @@ def measure_c4(study: Study, model: str) -> EvidenceRows:
 def evidence_c4(table: pd.DataFrame, model: str, n_layers: int) -> EvidenceRows:
     """C4, MLPs carry the signal on: the hand-over layer, and from there the shares of MLPs, attention and skip path.
 
-    The layer is the one of discover; its row shows test. In the last layer nothing is left above it, which a row "not
-    defined" says; only the share that counts the layer's own MLP is defined. Variants "from layer l" start elsewhere.
+    The layer is the one of discover; its row shows test. Above the last layer nothing is left, which a row "not defined" says;
+    only the share with the layer's own MLP is defined there. Variants "from layer l" start elsewhere.
     """
     treatment = summaries.primary(table)
     discover, test = (mechanisms.hand_over_layer(table, treatment, split) for split in ("discover", "test"))
@@ -217,12 +211,10 @@ def evidence_c4(table: pd.DataFrame, model: str, n_layers: int) -> EvidenceRows:
 
     for at in range(n_layers - 1):
         rows += shares(at, CARRIED_VARIANTS[0], PATHS | WITH_OWN, f"from layer {at}")
-    is_last = layer >= n_layers - 1
-    paths = WITH_OWN if is_last else PATHS | WITH_OWN
+    paths, note = PATHS | WITH_OWN, "the hand-over layer's residual stream has no effect of the treatment's sign"
+    if is_last := layer >= n_layers - 1:
+        paths = WITH_OWN
+        note = "the last token takes over in the last layer only: no block is left above it to carry anything"
     found = [entry for variant in CARRIED_VARIANTS for entry in shares(layer, variant, paths, variant.name)]
-    if is_last or not found:
-        note = "the hand-over layer's residual stream has no effect of the treatment's sign"
-        if is_last:
-            note = "the last token takes over in the last layer only: no block is left above it to carry anything"
-        rows.append(exact_row(model, "C4", "not defined", 0.0, *size, note))
-    return rows + found
+    undefined = [exact_row(model, "C4", "not defined", 0.0, *size, note)] if is_last or not found else []
+    return rows + undefined + found

@@ -1,6 +1,5 @@
 """The plan of the calibration, and that a draw is the pipeline of the notebooks on a model whose truth is known."""
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -12,13 +11,13 @@ import pytest
 from rows import REGISTERED
 from rows import table as made_table
 
-from companion.base.errors import InputError
 from companion.base.thresholds import POINTS, UNTRAINED
-from companion.calibration import draws, localise, rates
+from companion.calibration import draws, rates, truths
 from companion.calibration.campaign import read_shipped
 from companion.calibration.draws import FRESH, FRESH_NEAR, PlannedDraw
 from companion.calibration.rates import FRESH_LAST, FRESH_LATER, JUDGED_FROM, UNSEEN
 from companion.calibration.truths import PUSH, truth_of
+from companion.claims.ledger import rule_name
 from companion.claims.registered_rules import PSI
 from companion.claims.verdict import Rows
 from companion.evidence import neurons
@@ -35,20 +34,13 @@ NUMBERS = ["estimate", "ci_low", "ci_high"]
 
 
 @cache
-def gated_organism() -> compiled.Organism:
+def gated() -> tuple[compiled.Organism, Study, truths.Measured]:
+    """A gated organism, its study with one benign behaviour only, to be quick, and what is measured on it."""
     seed = next(seed for seed in range(20) if draw_design("gated", seed).n_layers == 6)
-    return compiled.draw("gated", seed, topics=10, pairs_per_topic=1)
-
-
-def few_pairs(organism: compiled.Organism) -> Study:
-    """Its study with one benign behaviour only, to be quick."""
-    this = compiled.study(organism)
-    return replace(this, pairs=tuple(this.of("T1", "T2", "T2b", "B1")))
-
-
-@cache
-def measured_organism() -> localise.Measured:
-    return draws.measure_study(few_pairs(gated_organism()), gated_organism().name)
+    organism = compiled.draw("gated", seed, topics=10, pairs_per_topic=1)
+    whole = compiled.study(organism)
+    few = replace(whole, pairs=tuple(whole.of("T1", "T2", "T2b", "B1")))
+    return organism, few, draws.measure_study(few, organism.name)
 
 
 # ---- draws ----
@@ -59,7 +51,7 @@ MAIN = [draw for draw in PLAN if draw.purpose == "main"]
 
 
 @cache
-def truths(kind: str) -> Mapping[str, bool | None]:
+def built_claims(kind: str) -> Mapping[str, bool | None]:
     return compiled.draw(kind, FRESH, topics=10, pairs_per_topic=1).claims
 
 
@@ -67,7 +59,7 @@ def truths(kind: str) -> Mapping[str, bool | None]:
 def test_the_plan_has_enough_nulls_of_every_claim(claim: str) -> None:
     """A corrected rule that is younger than some draws is judged on the others only."""
     planned = [draw for draw in MAIN if draw.part == draws.PART_OF[claim]]
-    own = [draw for draw in planned if truths(draw.kind)[claim] is False]
+    own = [draw for draw in planned if built_claims(draw.kind)[claim] is False]
     assert len(own) >= ENOUGH_NULLS
     assert sum(draw.seed >= JUDGED_FROM.get(claim, 0) for draw in own) >= ENOUGH_NULLS
 
@@ -93,12 +85,9 @@ def test_the_youngest_corrections_are_not_judged_on_draws_that_were_seen(tmp_pat
     table = read_shipped("verdicts").query("purpose == 'main'")
     youngest = "claim in ['C1*', 'C4*']"
     starred = rates.main_draws().query(youngest)
-    planned = Counter((draw.part, draw.seed >= FRESH_LAST) for draw in MAIN if draw.seed >= FRESH_LATER)
-    n_last = planned["layers", True]
-    assert starred.groupby("claim").size().to_dict() == {
-        "C1*": planned["layers", False] + len(UNSEEN) + n_last,
-        "C4*": n_last,
-    }
+    planned = [draw.seed for draw in MAIN if draw.part == "layers" and draw.seed >= FRESH_LATER]
+    n_last = sum(seed >= FRESH_LAST for seed in planned)
+    assert starred.groupby("claim").size().to_dict() == {"C1*": len(planned) + len(UNSEEN), "C4*": n_last}
     old = table[(table.rule == "registered") & table.claim.isin(["C1", "C4"])]
     keys = ["kind", "seed", "claim", "rule", "purpose"]
     anew = pd.concat([table, old.assign(rule="corrected")]).drop_duplicates(keys)
@@ -126,14 +115,12 @@ def test_draws_near_a_threshold_have_the_value_that_was_built_and_enter_no_rate(
 
 def test_the_pipeline_gives_the_rows_of_the_notebooks() -> None:
     """On all pairs, as the notebooks have them: pairs of the validate split change no row that is shared."""
-    organism = gated_organism()
-    this = few_pairs(organism)
+    organism, this, measured = gated()
     layers = measure_layers(this, organism.name)
     modules = estimands.with_difference(sweeps.run_sweep(this, "modules")["effects"], this.twins)
     rows = layers.evidence + evidence_c2(layers.effects, modules, organism.name, study.normalisations(this))
     rows += neurons.neuron_evidence(neurons.measure_neurons(this), organism.name)
-    mine = measured_organism().rows.set_index(KEYS)
-    notebook = pd.DataFrame(rows).set_index(KEYS)
+    mine, notebook = measured.rows.set_index(KEYS), pd.DataFrame(rows).set_index(KEYS)
     assert {"gate", "C1", "C2", "C3", "C5a", "C7"} == set(notebook.reset_index().claim)
     # Pairs in other batches differ in the last bit: ties of ranks, and interval ends over three topics, jump by a little.
     np.testing.assert_allclose(mine.loc[notebook.index, NUMBERS], notebook[NUMBERS], atol=0.02)
@@ -142,7 +129,7 @@ def test_the_pipeline_gives_the_rows_of_the_notebooks() -> None:
 
 
 def test_without_prompts_all_claims_but_c6_have_rows_and_the_twin_has_its_own() -> None:
-    rows = measured_organism().rows
+    rows = gated()[2].rows
     is_twin = rows.model.str.endswith(UNTRAINED)
     assert {"gate", "C1", "C2", "C3", "C4", "C5a", "C5b", "C5c", "C7"} == set(rows[~is_twin].claim)
     assert "gate" in set(rows[is_twin].claim) <= {"gate", "C1"}
@@ -170,7 +157,7 @@ def test_a_push_that_knows_the_read_out_lowers_harm_where_it_is_read(monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("change", "early", "mid", "truths"),
+    ("change", "early", "mid", "expected"),
     [
         ((-20, -25, -15), (9, 5, 13), (9, 5, 13), "true true"),
         ((-20, -25, -15), (9, 5, 13), (0, -1, 1), "true false"),
@@ -180,63 +167,35 @@ def test_a_push_that_knows_the_read_out_lowers_harm_where_it_is_read(monkeypatch
         (None, None, None, "open open"),
     ],
 )
-def test_the_truth_of_c6_is_what_an_ideal_push_does(change, early, mid, truths):
+def test_the_truth_of_c6_is_what_an_ideal_push_does(change, early, mid, expected):
     found = {"harm change": change, "advantage over early": early, "advantage over mid": mid}
     table = made_table({("C6", f"{PUSH}: {name}", "main"): numbers for name, numbers in found.items()})
-    lowers, best = truths.split()
+    lowers, best = expected.split()
     assert [truth_of(part, Rows("m", table)) for part in ("C6a", "C6b", "C6c")] == [lowers, lowers, best]
 
 
-BOTH = ("registered", "corrected")
-
-
-# The corrected C1 has none: the closed form does not know where a decision is computed.
+# The corrected C1 (*) has none: the closed form does not know where a decision is computed.
 @pytest.mark.parametrize(
     ("part", "topics", "said", "known"),
     [
-        ("neurons", 60, {("C5a", rule) for rule in BOTH}, [("C5a", "psi1")]),
-        ("context", 30, {("C3", rule) for rule in BOTH}, [("C3", PSI)]),
-        ("layers", 30, {("C1", "registered"), *(("C2", rule) for rule in BOTH), ("C4", "corrected")},
-         [("C1", "late share"), ("C2", "MLP share of NIE")]),
+        ("neurons", 60, "C5a C5a*", [("C5a", "psi1")]), ("context", 30, "C3 C3*", [("C3", PSI)]),
+        ("layers", 30, "C1 C2 C2* C4*", [("C1", "late share"), ("C2", "MLP share of NIE")]),
     ],
 )  # fmt: skip
 def test_the_closed_form_takes_the_place_of_what_it_knows_and_agrees_with_the_sample(
-    part: str, topics: int, said: set, known: list, monkeypatch: pytest.MonkeyPatch
+    part: str, topics: int, said: str, known: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(draws, "NEW_TOPICS", topics)
-    organism, rows = gated_organism(), measured_organism().rows
-    verdicts, evidence = draws.verdicts_without_sampling(organism, few_pairs(organism), rows, part)
-    assert said <= set(verdicts) and set(verdicts) - said <= {("C4", "registered")}
+    organism, this, measured = gated()
+    verdicts, evidence = draws.verdicts_without_sampling(organism, this, rows := measured.rows, part)
+    names = {rule_name(*key) for key in verdicts}
+    assert set(said.split()) <= names and names - set(said.split()) <= {"C4"}
     at = [(organism.name, *one, "main") for one in known]
     replaced, sample = (table.set_index(KEYS) for table in (evidence, rows))
     assert all((replaced.loc[at, end] == replaced.loc[at, "estimate"]).all() for end in ("ci_low", "ci_high"))
     assert replaced.loc[at, "estimate"].to_list() == pytest.approx(sample.loc[at, "estimate"].to_list(), abs=0.2)
     rest = sample.index[~sample.index.get_level_values("claim").isin({"gate", *draws.IN_CLOSED_FORM[part]})]
     pd.testing.assert_frame_equal(replaced.loc[rest, NUMBERS], sample.loc[rest, NUMBERS])
-
-
-def test_rejudging_restores_what_is_shipped_and_touches_nothing_else(tmp_path: Path) -> None:
-    """Of the power curves no evidence is kept, so their corrected verdicts of these claims go."""
-    whole = {name: read_shipped(name) for name in ("verdicts", "evidence")}
-    seeds = [FRESH, FRESH_LAST, 100]  # the last: a model of the first power curves
-    few = {name: table[(table.kind == "late") & table.seed.isin(seeds)] for name, table in whole.items()}
-    few["evidence"] = few["evidence"][few["evidence"].part.isin(["context", "layers"])]
-    shipped, changed = few["verdicts"], few["verdicts"].copy()
-    mine = (changed.rule == "corrected") & changed.claim.isin(["C1", "C3"]) & (changed.purpose == "main")
-    names = ["verdict", "quantity", "reason", "estimate", "ci_low", "ci_high"]
-    changed.loc[mine, names] = [*"xxx", 9.0, 9.0, 9.0]
-    power = changed[(changed.purpose != "main") & (changed.rule == "registered") & (changed.claim == "C1")]
-    pd.concat([changed, power.assign(rule="corrected")]).to_parquet(tmp_path / "verdicts.parquet")
-    few["evidence"].to_parquet(tmp_path / "evidence.parquet")
-    draws.rejudge(("C1", "C3"), tmp_path)
-    again = read_shipped("verdicts", tmp_path)
-    assert mine.sum() == 2 and len(power) and set(again.code[mine.to_numpy()]) == {draws.code_version()}
-    columns = [name for name in shipped if name != "code"]
-    pd.testing.assert_frame_equal(again[columns], shipped[columns].reset_index(drop=True))
-    assert (again.code[~mine.to_numpy()] == shipped.code[~mine].to_numpy()).all()
-    few["evidence"].query("part != 'context'").to_parquet(tmp_path / "evidence.parquet")
-    with pytest.raises(InputError, match=r"1 stored verdicts have no evidence .*'late', 11, 'C3'"):
-        draws.rejudge(("C3",), tmp_path)
 
 
 @pytest.mark.parametrize(("part", "claim"), [("neurons", "C5a"), ("context", "C3")])
@@ -270,46 +229,46 @@ def test_a_draw_measured_anew_gives_what_is_stored(kind: str, part: str, seed: i
 
 def test_rules_of_today_say_of_the_stored_evidence_what_is_stored() -> None:
     stored = read_shipped("verdicts").query("purpose == 'main'").set_index(["kind", "seed", "claim", "rule"]).verdict
-    asked = {(kind, seed, one.claim, one.rule): one.verdict for kind, seed, one in draws.judged_again(every=20)}
+    asked = {
+        (kind, seed, one.claim, one.rule): one.verdict
+        for (part, kind, seed), evidence in [*read_shipped("evidence").groupby(["part", "kind", "seed"])][::20]
+        for one in draws.judged(evidence, f"compiled-{kind}-{seed}", part)
+    }
     known = [key for key in asked if key in stored.index]  # a younger rule has no stored verdict
     assert len(known) > 50 and [asked[key] for key in known] == stored[known].to_list()
 
 
-# ---- localise ----
+# ---- what was built where ----
 
 
 def test_the_writer_has_the_largest_direct_effect() -> None:
-    organism = gated_organism()
-    scores = localise.localise_draw(organism, few_pairs(organism), measured_organism())
+    scores = truths.localise_draw(*gated())
     table = scores.set_index(["estimator", "what"]).value
     assert {"total", "direct", "computed", "window", "gradient screen"} == set(scores.estimator)
     assert table["direct", "layer error"] == 0 and table["direct", "module accuracy"] == 1
-    assert table["total", "neurons, auroc"] > 0.95 and localise.mechanism_neurons(organism).sum() >= 2
+    assert table["total", "neurons, auroc"] > 0.95 and truths.mechanism_neurons(gated()[0]).sum() >= 2
     assert table["computed", "decision found"] == 1 and table["computed", "decision, layer error"] == 0
 
 
 def test_what_is_copied_from_the_end_token_enters_by_the_copying() -> None:
-    made = compiled.draw("skip_only", 0, topics=10, pairs_per_topic=1)
-    assert localise.writer(made.design) == ("attn_out", made.design.write_layer)
-    assert localise.decider(made.design) == ("mlp_out", made.design.stages[0].layer)
-    without_side = replace(made, design=replace(made.design, side=None))
-    assert localise.mechanism_components(without_side.design) == {localise.writer(made.design)}
-    assert draw_design("skip_only", 0).stages[0].target == "stage0"
+    design = draw_design("skip_only", 0)
+    assert truths.writer(design) == ("attn_out", design.write_layer) and design.stages[0].target == "stage0"
+    assert truths.decider(design) == ("mlp_out", design.stages[0].layer)
+    assert truths.mechanism_components(replace(design, side=None)) == {truths.writer(design)}
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in HELD_OUT])
 def test_what_is_written_where_names_the_one_that_decides_and_the_one_that_writes(kind: str) -> None:
     design = draw_design(kind, 11)
-    roles = localise.written_parts(design).set_index(["site", "layer"]).role
-    assert "decides" in roles[localise.decider(design)]
-    assert ("copies" if design.writer == "copy" else "writes") in roles[localise.writer(design)]
+    roles = truths.written_parts(design).set_index(["site", "layer"]).role
+    assert "decides" in roles[truths.decider(design)]
+    assert ("copies" if design.writer == "copy" else "writes") in roles[truths.writer(design)]
     assert roles.str.contains("decides").sum() == 1 and len(roles) == 2 * design.n_layers
 
 
 def test_a_built_model_comes_with_the_effect_of_each_pair() -> None:
-    one = localise.built("skip_only", 11)
-    pair = one.study.of("T2")[0]
-    found = estimands.measure_effects(
-        one.study.subject, [pair], one.study.openers, estimands.mediators(one.study.subject, ["mlp_out"]), ("Y1",)
-    )
+    one = truths.built("skip_only", 11)
+    pair, subject = one.study.of("T2")[0], one.study.subject
+    wanted = estimands.mediators(subject, ["mlp_out"])
+    found = estimands.measure_effects(subject, [pair], one.study.openers, wanted, ("Y1",))
     assert one.te[pair.pair.id] == pytest.approx(found.te[0], abs=compiled.TOLERANCE) and one.claims["C1"] is False

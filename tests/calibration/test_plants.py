@@ -1,5 +1,7 @@
 """Shares of what training added to a real model, and what is lost where a component is knocked out."""
 
+from itertools import product
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,7 +13,7 @@ from companion.base.files import hash_file
 from companion.base.thresholds import COMPONENTS
 from companion.calibration import plants, truths
 from companion.calibration.campaign import read_shipped
-from companion.calibration.localise import decider
+from companion.calibration.truths import decider
 from companion.mediation.estimands import with_estimands
 from organisms import compiled, compiled_language, refuser
 
@@ -24,19 +26,27 @@ def made_effects(trained: float, seed: int = 0) -> pd.DataFrame:
     A wrapper takes half of it back. `direct` effects are of half the size.
     """
     rng, rows = np.random.default_rng(seed), []
-    for treatment, sign in (("T1", -1.0), ("T2-T2b", 0.5)):
-        for pair in range(12):
-            size = sign * (1 + rng.random())
-            for site in COMPONENTS:
-                for layer in range(6):
-                    nie = 0.1 * (layer + 1) + size * trained * (site == "mlp_out" and layer >= 4)
-                    for outcome, at, value in (("Y1", site, nie), ("contrast.frozen", f"{site}.direct", nie / 2)):
-                        rows.append({
-                            "pair_id": f"{treatment}{pair}", "topic": f"topic {pair // 2}", "treatment": treatment,
-                            "split": "test", "site": at, "layer": layer, "position": "last", "outcome": outcome,
-                            "y00": 0.0, "y01": value, "y10": 9 * size - value, "y11": 9 * size,
-                        })  # fmt: skip
-    return with_estimands(pd.DataFrame(rows))
+    for (treatment, sign), pair in product({"T1": -1.0, "T2-T2b": 0.5}.items(), range(12)):
+        size, key = sign * (1 + rng.random()), (f"{treatment}{pair}", f"topic {pair // 2}", treatment, "test")
+        for site, layer in product(COMPONENTS, range(6)):
+            nie = 0.1 * (layer + 1) + size * trained * (site == "mlp_out" and layer >= 4)
+            for outcome, at, value in (("Y1", site, nie), ("contrast.frozen", f"{site}.direct", nie / 2)):
+                rows.append((*key, at, layer, "last", outcome, 0.0, value, 9 * size - value, 9 * size))
+    names = [
+        "pair_id",
+        "topic",
+        "treatment",
+        "split",
+        "site",
+        "layer",
+        "position",
+        "outcome",
+        "y00",
+        "y01",
+        "y10",
+        "y11",
+    ]
+    return with_estimands(pd.DataFrame(rows, columns=names))
 
 
 def test_what_training_added_lies_where_it_was_trained() -> None:
@@ -44,15 +54,12 @@ def test_what_training_added_lies_where_it_was_trained() -> None:
     tables = {part: plants.real_shares(part, after, before) for part in ("mlp", "early", "all")}
     keys = ["treatment", "effect", "of", "where"]
     found = {part: table.set_index(keys).sort_index() for part, table in tables.items()}
-    for treatment in ("T1", "T2-T2b"):
-        for effect in plants.MEANING:
-            change = found["mlp"].loc[(treatment, effect, "change")]
-            assert change.share["mlp late"] == pytest.approx(1) == change.share["all that was trained"]
-            assert change.share["all else"] == pytest.approx(0) and change.te.eq(0).all()
-            plain = found["mlp"].loc[(treatment, effect, "plain")]
-            assert plain.share["mlp early"] == pytest.approx(0.3 / 4.2) == plain.share["attn early"]
-            early = found["early"].loc[(treatment, effect, "change")].share
-            assert early["all that was trained"] == pytest.approx(0)
+    for treatment, effect in product(("T1", "T2-T2b"), plants.MEANING):
+        change, plain = (found["mlp"].loc[(treatment, effect, of)] for of in ("change", "plain"))
+        assert change.share["mlp late"] == pytest.approx(1) == change.share["all that was trained"]
+        assert change.share["all else"] == pytest.approx(0) and change.te.eq(0).all()
+        assert plain.share["mlp early"] == pytest.approx(0.3 / 4.2) == plain.share["attn early"]
+        assert found["early"].loc[(treatment, effect, "change")].share["all that was trained"] == pytest.approx(0)
     refuser_shares = found["mlp"].loc[("T1", "total", "refuser")]
     own = after[(after.treatment == "T1") & (after.outcome == "Y1")]
     late = own[(own.site == "mlp_out") & (own.layer >= 4)]
@@ -67,11 +74,11 @@ def test_what_training_added_lies_where_it_was_trained() -> None:
 @pytest.mark.parametrize("part", refuser.PARTS)
 def test_what_a_part_trains_is_what_the_tables_call_learned(part: str) -> None:
     layers, modules = refuser.trained_layers(part, 30), refuser.PARTS[part][1]
-    for site, own in {"attn_out": refuser.ATTENTION, "mlp_out": refuser.MLP}.items():
-        for third, some in zip(plants.THIRDS, (range(10), range(10, 20), range(20, 30)), strict=True):
-            trained = set(own) <= set(modules) and set(some) <= set(layers)
-            assert plants.is_learned(part, site, third) == trained
-            assert trained or not set(own) & set(modules) or not set(some) & set(layers), "no place is trained by half"
+    thirds = zip(plants.THIRDS, (range(10), range(10, 20), range(20, 30)), strict=True)
+    for (site, own), (third, some) in product({"attn_out": refuser.ATTENTION, "mlp_out": refuser.MLP}.items(), thirds):
+        trained = set(own) <= set(modules) and set(some) <= set(layers)
+        assert plants.is_learned(part, site, third) == trained
+        assert trained or not set(own) & set(modules) or not set(some) & set(layers), "no place is trained by half"
 
 
 def test_real_plants_are_measured_once_with_the_hash_of_their_adapter(tmp_path, monkeypatch):
@@ -90,10 +97,9 @@ def test_real_plants_are_measured_once_with_the_hash_of_their_adapter(tmp_path, 
         plants.run_real_plants(folder=tmp_path / "calibration")
     assert asked == ["smollm2-refuser", "smollm2", "smollm2-refuser-mlp", "smollm2"], "and of other seeds none"
     table = read_shipped("real_plants", tmp_path / "calibration")
-    assert set(zip(table.kind, table.adapter, strict=True)) == {
-        (name.removesuffix("-0"), hash_file(tmp_path / "refuser" / name / "adapter_model.safetensors", {}))
-        for name in ("all-0", "mlp-0")
-    }
+    weights = {kind: tmp_path / "refuser" / f"{kind}-0" / "adapter_model.safetensors" for kind in ("all", "mlp")}
+    known = {(kind, hash_file(path, {})) for kind, path in weights.items()}
+    assert set(zip(table.kind, table.adapter, strict=True)) == known
     assert not table.duplicated(["kind", "treatment", "effect", "of", "where"]).any() and len(table) == 12 * (6 + 8)
     drawn = plants.trained_places(table)
     assert drawn.groupby(["kind", "effect"]).size().eq(7).all() and list(drawn.kind.unique()) == ["everything", "MLPs"]
@@ -118,13 +124,12 @@ def test_a_loss_is_that_of_full_forward_passes_with_the_mean_in_place() -> None:
     pairs = [p for p in organism.pairs if p.pair.treatment in ("T2", "T2b") and not p.control.tail]
     site, layer = decider(organism.design)
     losses = truths.knock_out_losses(organism.program, pairs)
-    said = [
-        " ".join(getattr(p, side).words()) for name, side in truths.SIGNS for p in pairs if p.pair.treatment == name
-    ]
-    texts = [[{"role": "user", "content": one}] for one in said]
+    asked = [getattr(p, side) for name, side in truths.SIGNS for p in pairs if p.pair.treatment == name]
+    texts = [[{"role": "user", "content": " ".join(one.words())}] for one in asked]
     tokenizer, model = organism.subject.tokenizer, organism.subject.model
-    ids = tokenizer.apply_chat_template(texts, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    ids = ids["input_ids"]
+    ids = tokenizer.apply_chat_template(
+        texts, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).input_ids
     comply, refuse = (tokenizer.convert_tokens_to_ids(list(side)) for side in compiled_language.outcomes()["T2"])
 
     def behaviour(edit=lambda out: out) -> float:

@@ -56,13 +56,10 @@ def test_evidence_and_records_survive_their_files(tmp_path: Path) -> None:
     assert numbers["C3", "registered"] == (1.0, None) and numbers["C1", "registered"] == (None, None)
 
 
-def rate(hits: int, n: int, upper: float = 1.0) -> dict[str, object]:
-    return {"hits": hits, "n": n, "rate": hits / n, "upper": upper}
-
-
 def of(power: tuple[int, int], wrong: tuple[int, int], false: tuple[int, int], upper: float = 0.04) -> dict:
-    names = ("power_to_support", "false_contradicted", "false_supported")
-    return {name: rate(*hits, upper) for name, hits in zip(names, (power, wrong, false), strict=True)}
+    """Error rates of a rule, by hits and number of draws."""
+    counts = {"power_to_support": power, "false_contradicted": wrong, "false_supported": false}
+    return {name: {"hits": k, "n": n, "rate": k / n, "upper": upper} for name, (k, n) in counts.items()}
 
 
 def test_files_have_a_row_a_rule_and_say_how_often_it_errs() -> None:
@@ -85,12 +82,12 @@ def test_files_have_a_row_a_rule_and_say_how_often_it_errs() -> None:
 
 
 TRUE, FALSE, NEVER = (60, 60), (0, 60), (0, 60)
+FOOLED = of(TRUE, NEVER, FALSE) | {"held_out_supported": {"hits": 1, "n": 8}}  # by a held-out kind
 GRADES = [  # verdict, rates, grade
     ("supported", of(TRUE, NEVER, FALSE), "strong"),
     ("supported", of((48, 60), NEVER, FALSE), "strong"),
     ("supported", of((47, 60), NEVER, FALSE), "weak"),  # little power
-    ("supported", of(TRUE, NEVER, FALSE) | {"held_out_supported": rate(1, 8)}, "weak"),  # fooled by a held-out kind
-    ("contradicted", of(TRUE, NEVER, FALSE) | {"held_out_supported": rate(1, 8)}, "strong"),
+    ("supported", FOOLED, "weak"), ("contradicted", FOOLED, "strong"),
     ("supported", of(TRUE, NEVER, (3, 60), 0.051), "weak"),  # says it of false claims
     ("contradicted", of((12, 60), NEVER, FALSE), "strong"),
     ("contradicted", of(TRUE, (3, 60), FALSE, 0.051), "weak"),
@@ -101,7 +98,7 @@ GRADES = [  # verdict, rates, grade
     ("contradicted", of((0, 19), (19, 19), FALSE), "not calibrated"),
     ("contradicted", of((0, 20), (20, 20), FALSE), "cannot tell"),
     ("supported", {}, "not calibrated"),
-    ("supported", {"false_supported": rate(0, 60, 0.04)}, "not calibrated"),
+    ("supported", {"false_supported": of(TRUE, NEVER, FALSE)["false_supported"]}, "not calibrated"),
     ("not testable", of((0, 60), (60, 60), FALSE), ""),
 ]  # fmt: skip
 
@@ -134,14 +131,11 @@ def test_with_t1_only_every_claim_on_generation_names_the_missing_wrapper() -> N
     assert set(told.values()) == {("not testable", thresholds.NO_WRAPPERS)} and ("C6b", "corrected") in told
 
 
-def test_every_claim_has_an_opposite_and_names_the_notebook_that_would_show_it() -> None:
+def test_every_claim_has_an_opposite_the_notebook_that_would_show_it_and_how_often_it_was_shown() -> None:
     assert list(ledger.OPPOSITE) == list(STATEMENTS)
     for claim, (_, analysis) in ledger.OPPOSITE.items():
         number = analysis.rpartition("(")[2].rstrip(")")
         assert len(list(NOTEBOOKS.glob(f"{number}_*.ipynb"))) == 1, claim
-
-
-def test_it_counts_how_often_the_opposite_was_shown() -> None:
     rates = {name: {"power_to_contradict": {"hits": n, "n": 100}} for name, n in (("C2", 100), ("C2*", 90))}
     rules = (("C2", "corrected"), ("C2", "registered"), ("C6a", "corrected"))
     given = [Answer(Verdict("m", claim, "inconclusive", "", rule=rule), "weak", "") for claim, rule in rules]
@@ -157,30 +151,25 @@ def one(claim: str, verdict: str, quantity: str, *numbers: float, model: str = "
     return Verdict(model, claim, verdict, "", quantity, *numbers)
 
 
-@pytest.mark.parametrize(
-    ("verdict", "quantity", "numbers", "passes"),
-    [
-        ("supported", "psi1", (0.5, 0.301, 0.6), True),
-        ("supported", "psi1", (0.5, 0.299, 0.9), False),
-        ("contradicted", "psi1", (0.1, 0.0, 0.149), True),
-        ("contradicted", "psi1", (0.1, 0.09, 0.151), False),
-        ("supported", "harm change", (-20.0, -40.0, -0.1), True),
-        ("supported", "harm change", (-20.0, -21.0, 0.1), False),
-        ("contradicted", "harm change", (-1.0, -POINTS + 0.1, 3.0), True),
-        ("contradicted", "harmless loss", (5.0, POINTS + 0.1, 6.0), True),
-        ("supported", "harmless loss", (1.0, 0.9, POINTS + 0.1), False),
-        ("inconclusive", "psi1", (0.5, 0.301, 0.6), True),
-        ("inconclusive", "psi1", (0.2, 0.1, 0.4), False),
-    ],
-)
+CLEARED = [  # verdict, quantity, its numbers, and whether they clear the threshold
+    ("supported", "psi1", (0.5, 0.301, 0.6), True), ("supported", "psi1", (0.5, 0.299, 0.9), False),
+    ("contradicted", "psi1", (0.1, 0.0, 0.149), True), ("contradicted", "psi1", (0.1, 0.09, 0.151), False),
+    ("supported", "harm change", (-20.0, -40.0, -0.1), True), ("supported", "harm change", (-20.0, -21.0, 0.1), False),
+    ("contradicted", "harm change", (-1.0, -POINTS + 0.1, 3.0), True),
+    ("contradicted", "harmless loss", (5.0, POINTS + 0.1, 6.0), True),
+    ("supported", "harmless loss", (1.0, 0.9, POINTS + 0.1), False),
+    ("inconclusive", "psi1", (0.5, 0.301, 0.6), True), ("inconclusive", "psi1", (0.2, 0.1, 0.4), False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("verdict", "quantity", "numbers", "passes"), CLEARED)
 def test_p_is_small_where_the_interval_clears_the_threshold(verdict, quantity, numbers, passes):
     assert (p_value(one("C5a", verdict, quantity, *numbers)) <= 0.05) == passes
 
 
 def test_what_has_no_interval_has_no_p() -> None:
-    for verdict in (one("C5a", "supported", "k90", 5, 4, 7), one("C1", "supported", "psi1", 0.9, -np.inf, np.inf),
-                    one("C1", "supported", "psi1", 0.9, 0.9, 0.9), Verdict("m", "C1", "not testable", "")):  # fmt: skip
-        assert np.isnan(p_value(verdict))
+    numbers = (("k90", 5, 4, 7), ("psi1", 0.9, -np.inf, np.inf), ("psi1", 0.9, 0.9, 0.9), ())
+    assert all(np.isnan(p_value(Verdict("m", "C5a", "supported", "", *some))) for some in numbers)
     assert not set(AT_LEAST) & set(AT_MOST)
 
 
@@ -190,13 +179,14 @@ def test_a_bare_verdict_falls_among_many_and_stands_alone() -> None:
     rest = [one(claim, "inconclusive", "psi1", 0.2, 0.0, 0.4, model="other") for claim in [*STATEMENTS][:8]]
     verdicts = [bare, clear, replace(clear, rule="corrected"), *rest, Verdict("m", "C3", "not testable", "")]
     given = ledger.answers(verdicts, {})
-    table = adjusted(given).set_index(["model", "claim"])
-    assert table.adjusted["m", "C5a"] == "inconclusive" and table.adjusted["m", "C2"] == "contradicted"
-    assert table.p["m", "C5a"] < 0.05 < table.adjusted_p["m", "C5a"] and table.adjusted["m", "C3"] == "not testable"
-    said, alone, other = (
-        page.to_markdown(own, some, EVIDENCE, "", invented=False)
-        for own, some in (("m", given), ("m", given[:1]), ("other", given))
+    left = adjusted(given).set_index(["model", "claim"])
+    assert left.adjusted["m", "C5a"] == "inconclusive" and left.adjusted["m", "C2"] == "contradicted"
+    assert left.p["m", "C5a"] < 0.05 < left.adjusted_p["m", "C5a"] and left.adjusted["m", "C3"] == "not testable"
+    evidence, asked = (
+        pd.concat([table(FINE | LATER, name) for name in ("m", "other")]),
+        (("m", given), ("m", given[:1])),
     )
+    said, alone, other = (page.to_markdown(*one, evidence, "", invented=False) for one in (*asked, ("other", given)))
     assert "With the 10 tests" in said and "would be undecided: C5a." in said
     assert "Many questions" not in alone + other
     frame = ledger.to_table(verdicts, {}).set_index(["model", "claim", "rule"])

@@ -46,25 +46,24 @@ def test_fine_evidence_supports_every_claim(claim: str) -> None:
     assert not [part for part in said if part not in made.reason]
 
 
-def c1(share: tuple, centroid: tuple) -> dict:
-    return row("C1", "late share", share, *FROZEN) | row("C1", "centroid difference", centroid)
+# By claim: the quantities that its rule holds against thresholds, and their variants.
+ASKED = {
+    "C1": {"late share": FROZEN, "centroid difference": ()}, "C2": {NIE: ALL, DIRECT: ALL}, "C3": {PSI: (), "AUROC gain": ()},
+    "C5a": {"psi1": ("main", "norm frozen"), "k90": (), "neurons in the layer": ()},
+    "C7": {"Moran's I": (), "best window, permutation p": ()},
+}  # fmt: skip
 
 
-def c2(total: tuple, direct: tuple) -> dict:
-    return row("C2", NIE, total, *ALL) | row("C2", DIRECT, direct, *ALL)
+def case(claim: str, *numbers: Number | float) -> tuple[str, Numbers]:
+    """A claim, and numbers of the quantities that its rule asks about; one alone stands for an interval without width."""
+    changes: Numbers = {}
+    for (quantity, variants), found in zip(ASKED[claim].items(), numbers, strict=False):
+        changes |= row(claim, quantity, found if isinstance(found, tuple) else (found,) * 3, *variants)
+    return claim, changes
 
 
-def c3(psi: tuple, gain: tuple) -> dict:
-    return row("C3", PSI, psi) | row("C3", "AUROC gain", gain)
-
-
-def c5a(psi: tuple, k90: tuple, size: float = 1000.0) -> dict:
-    psis = row("C5a", "psi1", psi, "main", "norm frozen")
-    return psis | row("C5a", "k90", k90) | row("C5a", "neurons in the layer", (size, size, size))
-
-
-def c7(moran: tuple, p: float) -> dict:
-    return row("C7", "Moran's I", moran) | row("C7", "best window, permutation p", (p, p, p))
+def at(claim: str, quantity: str, numbers: Number, *variants: str) -> tuple[str, Numbers]:
+    return claim, row(claim, quantity, numbers, *variants)
 
 
 FINE_PSI, FINE_K90 = (0.5, 0.4, 0.6), (5.0, 4.0, 7.0)
@@ -73,51 +72,48 @@ NO_GATE = row("C5b", "gate index", (0.1, 0.05, 0.15), "main", "norm frozen")
 NO_GATE |= row("C5b", "gate index, signed", (0.1, 0.05, 0.15))
 RULES = {
     "supported": [
-        ("C1", c1((0.7, 0.5, 0.8), (0.2, 0.05, 0.3))), ("C2", c2((0.7, 0.6, 0.8), (0.7, 0.6, 0.8))),
-        ("C3", c3((0.4, 0.3, 0.5), (0.1, 0.01, 0.2))), ("C4", row("C4", MLP_SHARE, (0.8, 0.6, 0.9), *FROZEN)),
-        ("C5a", c5a((0.5, 0.30, 0.6), FINE_K90)), ("C5a", c5a(FINE_PSI, (10.0, 9.0, 12.0))),
-        ("C5a", c5a(FINE_PSI, (8.0, 8.0, 8.0), 384.0)),  # in a small layer 8 neurons count as few
+        case("C1", (0.7, 0.5, 0.8), (0.2, 0.05, 0.3)), case("C2", (0.7, 0.6, 0.8), (0.7, 0.6, 0.8)),
+        case("C3", (0.4, 0.3, 0.5), (0.1, 0.01, 0.2)), at("C4", MLP_SHARE, (0.8, 0.6, 0.9), *FROZEN),
+        case("C5a", (0.5, 0.30, 0.6), FINE_K90), case("C5a", FINE_PSI, (10.0, 9.0, 12.0)),
+        case("C5a", FINE_PSI, (8.0, 8.0, 8.0), 384.0),  # in a small layer 8 neurons count as few
         ("C5a", {**DENSE, **row("C5a", "k90 B5", (4.0, 4.0, 4.0)), **row("C5a", "k90", (4.0, 4.0, 5.0))}),
-        ("C5c", row("C5c", KEPT_BY_FIRST_TOKEN, (0.9, 0.8, 1.0))),
-        ("C5c", row("C5c", "benign answers changed", (0.1, 0.0, 0.16))),
-        ("C7", c7((0.1, 0.05, 0.2), 0.05)),
+        at("C5c", KEPT_BY_FIRST_TOKEN, (0.9, 0.8, 1.0)), at("C5c", "benign answers changed", (0.1, 0.0, 0.16)),
+        case("C7", (0.1, 0.05, 0.2), 0.05),
     ],
     "inconclusive": [
-        ("C1", c1((0.7, 0.49, 0.8), (0.2, 0.1, 0.3))), ("C1", c1((0.7, 0.6, 0.8), (0.2, 0.04, 0.3))),
-        ("C1", c1((0.7, 0.6, 0.8), (0.1, -0.1, 0.3))), ("C1", c1((0.3, 0.2, 0.41), (0.2, 0.1, 0.3))),
-        ("C1", c1((0.7, 0.6, 0.8), (-0.1, -0.2, 0.01))), ("C1", c1((0.7, -math.inf, math.inf), (0.2, 0.1, 0.3))),
-        ("C1", c1((0.7, math.nan, math.nan), (0.2, 0.1, 0.3))), ("C1", every("late share", "C1")),
-        ("C2", c2((0.7, 0.59, 0.8), (0.8, 0.7, 0.9))), ("C2", c2((0.8, 0.7, 0.9), (0.7, 0.59, 0.8))),
-        ("C2", c2((0.4, 0.3, 0.5), (0.8, 0.7, 0.9))), ("C2", c2((0.4, 0.3, 0.51), LOW)),
-        ("C2", c2((0.8, math.nan, math.nan), (0.8, 0.7, 0.9))),
-        ("C3", c3((0.4, 0.29, 0.5), (0.1, 0.01, 0.2))), ("C3", c3((0.6, 0.5, 0.7), (0.049, 0.01, 0.1))),
-        ("C3", c3((0.6, 0.5, 0.7), (0.2, -0.01, 0.4))), ("C3", c3((0.05, 0.0, 0.11), (0.1, 0.01, 0.2))),
-        ("C4", row("C4", MLP_SHARE, (0.8, 0.59, 0.9), *FROZEN)), ("C4", row("C4", MLP_SHARE, (0.3, 0.2, 0.41), *FROZEN)),
-        ("C5a", c5a((0.5, 0.29, 0.6), FINE_K90)), ("C5a", c5a(FINE_PSI, (11.0, 9.0, 12.0))),
-        ("C5a", c5a(FINE_PSI, (99.0, 90.0, 110.0))), ("C5a", c5a((0.1, 0.05, 0.16), FINE_K90)),
-        ("C5a", c5a(FINE_PSI, (9.0, 8.0, 9.0), 384.0)), ("C5a", DENSE),  # equal to the median is not below it
-        ("C5b", row("C5b", "gate index", (0.8, 0.55, 0.9))), ("C5b", row("C5b", "gate index, signed", (-0.8, -0.9, -0.7))),
-        ("C5b", row("C5b", "readout share", (0.4, 0.3, 0.5))), ("C5b", row("C5b", "benign share", (0.15, 0.1, 0.25))),
-        ("C5b", row("C5b", "perplexity ratio", (1.005, 1.0, 1.02))), ("C5b", NO_GATE),  # form c is high
-        ("C5c", row("C5c", KEPT_BY_FIRST_TOKEN, (0.9, 0.79, 1.0))),
-        ("C5c", row("C5c", "benign answers changed", (0.1, 0.0, 0.17))),
-        ("C6", row("C6", "harm change", (-1.9, -3.0, -0.8))), ("C6", row("C6", "harm change", (-5.0, -10.5, 0.5))),
-        ("C6", row("C6", "phi", (0.8, 0.74, 0.9))), ("C6", row("C6", "harmless loss", (1.5, 0.5, 2.1))),
-        *(("C6", row("C6", f"p {family}", (0.06, 0.06, 0.06))) for family in ("isotropic", "covariance-matched")),
-        *(("C6", row("C6", f"advantage over {rival}", (2.0, -1.0, 5.0))) for rival in ("early", "mid")),
-        ("C7", c7((0.1, 0.049, 0.2), 0.05)), ("C7", c7((0.0, -0.05, 0.051), 0.5)),
-        ("C7", c7((0.0, -0.05, 0.04), 0.05)), ("C7", c7((0.1, 0.06, 0.2), 0.1)),  # windows say the opposite
+        case("C1", (0.7, 0.49, 0.8), (0.2, 0.1, 0.3)), case("C1", (0.7, 0.6, 0.8), (0.2, 0.04, 0.3)),
+        case("C1", (0.7, 0.6, 0.8), (0.1, -0.1, 0.3)), case("C1", (0.3, 0.2, 0.41), (0.2, 0.1, 0.3)),
+        case("C1", (0.7, 0.6, 0.8), (-0.1, -0.2, 0.01)), case("C1", (0.7, -math.inf, math.inf), (0.2, 0.1, 0.3)),
+        case("C1", (0.7, math.nan, math.nan), (0.2, 0.1, 0.3)), ("C1", every("late share", "C1")),
+        case("C2", (0.7, 0.59, 0.8), (0.8, 0.7, 0.9)), case("C2", (0.8, 0.7, 0.9), (0.7, 0.59, 0.8)),
+        case("C2", (0.4, 0.3, 0.5), (0.8, 0.7, 0.9)), case("C2", (0.4, 0.3, 0.51), LOW),
+        case("C2", (0.8, math.nan, math.nan), (0.8, 0.7, 0.9)), case("C3", (0.4, 0.29, 0.5), (0.1, 0.01, 0.2)),
+        case("C3", (0.6, 0.5, 0.7), (0.049, 0.01, 0.1)), case("C3", (0.6, 0.5, 0.7), (0.2, -0.01, 0.4)),
+        case("C3", (0.05, 0.0, 0.11), (0.1, 0.01, 0.2)), at("C4", MLP_SHARE, (0.8, 0.59, 0.9), *FROZEN),
+        at("C4", MLP_SHARE, (0.3, 0.2, 0.41), *FROZEN), case("C5a", (0.5, 0.29, 0.6), FINE_K90),
+        case("C5a", FINE_PSI, (11.0, 9.0, 12.0)), case("C5a", FINE_PSI, (99.0, 90.0, 110.0)),
+        case("C5a", (0.1, 0.05, 0.16), FINE_K90), case("C5a", FINE_PSI, (9.0, 8.0, 9.0), 384.0),
+        ("C5a", DENSE),  # equal to the median is not below it
+        at("C5b", "gate index", (0.8, 0.55, 0.9)), at("C5b", "gate index, signed", (-0.8, -0.9, -0.7)),
+        at("C5b", "readout share", (0.4, 0.3, 0.5)), at("C5b", "benign share", (0.15, 0.1, 0.25)),
+        at("C5b", "perplexity ratio", (1.005, 1.0, 1.02)), ("C5b", NO_GATE),  # form c is high
+        at("C5c", KEPT_BY_FIRST_TOKEN, (0.9, 0.79, 1.0)), at("C5c", "benign answers changed", (0.1, 0.0, 0.17)),
+        at("C6", "harm change", (-1.9, -3.0, -0.8)), at("C6", "harm change", (-5.0, -10.5, 0.5)),
+        at("C6", "phi", (0.8, 0.74, 0.9)), at("C6", "harmless loss", (1.5, 0.5, 2.1)),
+        *(at("C6", f"p {family}", (0.06, 0.06, 0.06)) for family in ("isotropic", "covariance-matched")),
+        *(at("C6", f"advantage over {rival}", (2.0, -1.0, 5.0)) for rival in ("early", "mid")),
+        case("C7", (0.1, 0.049, 0.2), 0.05), case("C7", (0.0, -0.05, 0.051), 0.5), case("C7", (0.0, -0.05, 0.04), 0.05),
+        case("C7", (0.1, 0.06, 0.2), 0.1),  # windows say the opposite
     ],
     "contradicted": [
-        ("C1", c1(LOW, (0.2, 0.1, 0.3))), ("C1", c1((0.7, 0.6, 0.8), (-0.1, -0.2, 0.0))),
-        ("C2", c2((0.4, 0.3, 0.5), LOW)), ("C3", c3((0.05, 0.0, 0.1), (0.1, 0.01, 0.2))),
-        ("C4", row("C4", MLP_SHARE, LOW, *FROZEN)), ("C5a", c5a(FINE_PSI, (100.0, 90.0, 110.0))),
-        ("C5a", c5a((0.1, 0.05, 0.15), FINE_K90)), ("C5a", c5a(FINE_PSI, (39.0, 38.0, 40.0), 384.0)),
+        case("C1", LOW, (0.2, 0.1, 0.3)), case("C1", (0.7, 0.6, 0.8), (-0.1, -0.2, 0.0)),
+        case("C2", (0.4, 0.3, 0.5), LOW), case("C3", (0.05, 0.0, 0.1), (0.1, 0.01, 0.2)),
+        at("C4", MLP_SHARE, LOW, *FROZEN), case("C5a", FINE_PSI, (100.0, 90.0, 110.0)),
+        case("C5a", (0.1, 0.05, 0.15), FINE_K90), case("C5a", FINE_PSI, (39.0, 38.0, 40.0), 384.0),
         ("C5b", NO_GATE | row("C5b", "gate index, form", (0.1, 0.05, 0.15), "c: below")),
-        ("C5c", row("C5c", KEPT_BY_FIRST_TOKEN, LOW, "main", "full response")),
-        ("C6", row("C6", "harmless loss", (4.0, 2.1, 6.0))),
-        ("C6", row("C6", "advantage over mid", (0.0, -2.0, 2.0))), ("C6", row("C6", "p isotropic", (0.5, 0.5, 0.5))),
-        ("C6", row("C6", "advantage over early", (-30.0, -35.0, -25.0))), ("C7", c7((0.0, -0.05, 0.05), 0.5)),
+        at("C5c", KEPT_BY_FIRST_TOKEN, LOW, "main", "full response"), at("C6", "harmless loss", (4.0, 2.1, 6.0)),
+        at("C6", "advantage over mid", (0.0, -2.0, 2.0)), at("C6", "p isotropic", (0.5, 0.5, 0.5)),
+        at("C6", "advantage over early", (-30.0, -35.0, -25.0)), case("C7", (0.0, -0.05, 0.05), 0.5),
     ],
 }  # fmt: skip
 
@@ -169,18 +165,16 @@ def test_a_control_that_fails_or_was_not_run_caps(claim: str, case: str) -> None
 
 
 # A condition of the rule that is a control as well: without it nothing is supported, so nothing is capped.
-MISSING = {
-    ("C5b", "specificity measured"): row("C5b", "perplexity ratio", None),
-    ("C5c", "benign answers"): row("C5c", "benign answers changed", None),
-    ("C6", "early layers at equal budget"): row("C6", "advantage over early", None),
-    ("C6", "random directions, isotropic"): row("C6", "p isotropic", None),
-    ("C7", "best window against random groups"): row("C7", "best window, permutation p", None),
-}
+MISSING = [
+    ("C5b", "specificity measured", "perplexity ratio"), ("C5c", "benign answers", "benign answers changed"),
+    ("C6", "early layers at equal budget", "advantage over early"), ("C6", "random directions, isotropic", "p isotropic"),
+    ("C7", "best window against random groups", "best window, permutation p"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("claim", "name"), MISSING)
-def test_a_missing_condition_is_a_control_that_was_not_run(claim: str, name: str) -> None:
-    made = judge(claim, MISSING[claim, name])
+@pytest.mark.parametrize(("claim", "name", "quantity"), MISSING)
+def test_a_missing_condition_is_a_control_that_was_not_run(claim: str, name: str, quantity: str) -> None:
+    made = judge(claim, row(claim, quantity, None))
     assert made.verdict == "inconclusive" and (made.controls or {})[name] == "not run"
 
 
@@ -207,9 +201,9 @@ SAYS = [  # claim, evidence, verdict, the quantity that it shows, a part of its 
     ("C1", row("C1", "late share", LOW, *FROZEN) | NO_JOINT, "inconclusive", "late share", "contradicted by its numbers"),
     ("C1", row("C1", "centroid difference", None), "inconclusive", "late share", "no benign behaviour to compare with"),
     ("C1", RENAMED, "supported", "late share", ""),  # benign behaviours of any name count
-    ("C2", c2((0.9, 0.8, 1.0), (0.8, 0.7, 0.9)), "supported", DIRECT, ""),  # the number that decides is shown
-    ("C2", c2((0.45, 0.4, 0.49), (0.3, 0.25, 0.35)), "contradicted", NIE, ""),
-    ("C2", c2((0.45, 0.4, 0.49), (0.48, 0.3, 0.5)), "contradicted", DIRECT, ""),
+    (*case("C2", (0.9, 0.8, 1.0), (0.8, 0.7, 0.9)), "supported", DIRECT, ""),  # the number that decides is shown
+    (*case("C2", (0.45, 0.4, 0.49), (0.3, 0.25, 0.35)), "contradicted", NIE, ""),
+    (*case("C2", (0.45, 0.4, 0.49), (0.48, 0.3, 0.5)), "contradicted", DIRECT, ""),
     *(("C2", row("C2", quantity, (0.4, 0.3, 0.5), name), "supported", NIE, said)  # raw shares decide, the reader is told
       for quantity in (NIE, DIRECT) for name in ("per patch norm", "per parameter")
       for said in ("normalisation-dependent", f"the side changes {name}")),
@@ -234,12 +228,9 @@ def test_what_a_verdict_shows_and_says(claim: str, changes: dict, said: str, qua
     assert (made.verdict, made.quantity) == (said, quantity) and part in "; ".join([made.reason, *made.tags])
 
 
-def test_an_open_question_is_not_called_capped() -> None:
+def test_an_open_question_is_not_called_capped_and_c6_needs_enough_prompts() -> None:
     made = judge("C1", row("C1", "centroid difference", (0.1, -0.1, 0.3)) | NO_JOINT)
     assert made.verdict == "inconclusive" and "capped" not in made.reason
-
-
-def test_too_few_harmless_prompts_leave_c6_open() -> None:
     assert [judge("C6", n_harmless=n).verdict for n in (299, 300)] == ["inconclusive", "supported"]
 
 
@@ -282,10 +273,9 @@ def test_robust_asks_for_y2_and_each_direction(quantity: tuple[str, str], varian
         assert made.verdict == "supported" and "robust" not in made.tags
 
 
-def test_late_by_architecture_is_tagged() -> None:
-    for at, tagged in ((0.33, False), (0.34, True), (0.9, True)):
-        made = judge("C1", row("gate", "earliest possible depth", (at, at, at)))
-        assert ("architecture-imposed" in made.tags) == tagged
+@pytest.mark.parametrize(("at", "tagged"), [(0.33, False), (0.34, True), (0.9, True)])
+def test_late_by_architecture_is_tagged(at: float, tagged: bool) -> None:
+    assert ("architecture-imposed" in judge("C1", row("gate", "earliest possible depth", (at,) * 3)).tags) == tagged
 
 
 # ---- corrected rules ----
@@ -324,50 +314,41 @@ def families(*numbers: Number) -> Numbers:
     return {("C3", PSI, f"family {name}"): found for name, found in zip("abc", numbers, strict=False)}
 
 
-CASES = [  # claim, evidence, what the registered rule says of it, and the corrected one
-    ("C1", computed(LATE), "supported", "supported"),
-    ("C1", computed(LATE) | row(*CENTROID, (0.0, -0.1, 0.1)), "inconclusive", "inconclusive"),
-    # What fetches the wrapper is early: no contradiction.
-    ("C1", computed(LATE) | row(*CENTROID, (-0.2, -0.3, -0.1)), "contradicted", "inconclusive"),
-    ("C1", computed((0.5, 0.3, 0.7)), "supported", "inconclusive"),
-    ("C1", computed(EARLY), "supported", "contradicted"),  # copied late, computed before
+SIGNS = {"supported": "+", "contradicted": "-", "inconclusive": "?", "not testable": "0"}
+# Claim, evidence, and what the registered rule says of it, and the corrected one, by `SIGNS`.
+CASES = [
+    ("C1", computed(LATE), "++"), ("C1", computed(LATE) | row(*CENTROID, (0.0, -0.1, 0.1)), "??"),
+    ("C1", computed(LATE) | row(*CENTROID, (-0.2, -0.3, -0.1)), "-?"),  # what fetches the wrapper is early
+    ("C1", computed((0.5, 0.3, 0.7)), "+?"), ("C1", computed(EARLY), "+-"),  # copied late, computed before
     # The interval of the centroid difference holds spread over behaviours, and over the topics of harm.
-    ("C1", computed(LATE) | row("C1", "centroid B1", (0.1, 0.1, 0.1)), "supported", "inconclusive"),
-    ("C1", computed(LATE) | row("C1", "centroid T2-T2b", (0.7, 0.5, 0.9)), "supported", "inconclusive"),
-    ("C1", computed(LATE) | row("C1", "centroid B1", None), "inconclusive", "inconclusive"),
-    ("C2", HALF_NIE | row("C2", DIRECT, LATE), "inconclusive", "supported"),
-    ("C2", HALF_NIE | row("C2", DIRECT, EARLY), "inconclusive", "contradicted"),
-    ("C2", HALF_NIE | row("C2", DIRECT, (0.6, 0.5, 0.7)), "inconclusive", "inconclusive"),
-    ("C3", NO_PROBE, "inconclusive", "inconclusive"),
-    ("C3", NO_PROBE | NO_PSI0, "inconclusive", "contradicted"),
+    ("C1", computed(LATE) | row("C1", "centroid B1", (0.1, 0.1, 0.1)), "+?"),
+    ("C1", computed(LATE) | row("C1", "centroid T2-T2b", (0.7, 0.5, 0.9)), "+?"),
+    ("C1", computed(LATE) | row("C1", "centroid B1", None), "??"), ("C2", HALF_NIE | row("C2", DIRECT, LATE), "?+"),
+    ("C2", HALF_NIE | row("C2", DIRECT, EARLY), "?-"), ("C2", HALF_NIE | row("C2", DIRECT, (0.6, 0.5, 0.7)), "??"),
+    ("C3", NO_PROBE, "??"), ("C3", NO_PROBE | NO_PSI0, "?-"),
     # Every named family must pass, whatever the mean over them.
-    ("C3", families(WHOLE, WHOLE, (0.4, 0.3, 0.5)), "supported", "supported"),
-    ("C3", families(WHOLE, WHOLE, PART), "supported", "inconclusive"),
-    ("C3", families(WHOLE, NIL, NIL), "supported", "inconclusive"),
-    ("C3", families(NIL, NIL, (0.05, 0.0, 0.1)), "supported", "contradicted"),
-    ("C3", NO_PSI0 | families(NIL, NIL, PART), "contradicted", "inconclusive"),
-    ("C3", families(WHOLE, WHOLE) | row("C3", "AUROC gain", (0.04, 0.01, 0.07)), "inconclusive", "inconclusive"),
-    ("C4", NOTHING_ABOVE | row(*WITH_OWN, (0.9, 0.6, 1.0), *FROZEN), "contradicted", "supported"),
-    ("C4", NOTHING_ABOVE | row(*WITH_OWN, (0.9, 0.59, 1.0), *FROZEN), "contradicted", "inconclusive"),
-    ("C4", NOTHING_ABOVE | row(*WITH_OWN, (0.2, 0.1, 0.4), *FROZEN), "contradicted", "contradicted"),
-    ("C5a", NO_ORDER, "inconclusive", "inconclusive"),
-    ("C5a", NO_ORDER | NO_PSI1, "inconclusive", "contradicted"),
-    ("C5c", {}, "supported", "not testable"),  # answers were labelled by their opener
-    ("C5c", BY_CONTENT, "inconclusive", "contradicted"),
-]
+    ("C3", families(WHOLE, WHOLE, (0.4, 0.3, 0.5)), "++"), ("C3", families(WHOLE, WHOLE, PART), "+?"),
+    ("C3", families(WHOLE, NIL, NIL), "+?"), ("C3", families(NIL, NIL, (0.05, 0.0, 0.1)), "+-"),
+    ("C3", NO_PSI0 | families(NIL, NIL, PART), "-?"),
+    ("C3", families(WHOLE, WHOLE) | row("C3", "AUROC gain", (0.04, 0.01, 0.07)), "??"),
+    ("C4", NOTHING_ABOVE | row(*WITH_OWN, (0.9, 0.6, 1.0), *FROZEN), "-+"),
+    ("C4", NOTHING_ABOVE | row(*WITH_OWN, (0.9, 0.59, 1.0), *FROZEN), "-?"),
+    ("C4", NOTHING_ABOVE | row(*WITH_OWN, (0.2, 0.1, 0.4), *FROZEN), "--"), ("C5a", NO_ORDER, "??"),
+    ("C5a", NO_ORDER | NO_PSI1, "?-"), ("C5c", {}, "+0"),  # answers were labelled by their opener
+    ("C5c", BY_CONTENT, "?-"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("claim", "changes", "registered", "corrected"), CASES)
-def test_a_corrected_rule_beside_the_registered_one(claim: str, changes: dict, registered: str, corrected: str) -> None:
-    assert (judge(claim, changes).verdict, correct(claim, changes).verdict) == (registered, corrected)
+@pytest.mark.parametrize(("claim", "changes", "said"), CASES)
+def test_a_corrected_rule_beside_the_registered_one(claim: str, changes: dict, said: str) -> None:
+    assert SIGNS[judge(claim, changes).verdict] + SIGNS[correct(claim, changes).verdict] == said
 
 
 def test_behaviours_are_a_sample_in_the_interval_of_the_centroid_difference() -> None:
     benign = [0.773, 0.815, 0.811, 0.736, 0.738, 0.763]
     numbers = {("C1", f"centroid B{i}", "main"): (value,) * 3 for i, value in enumerate(benign, start=1)}
-    numbers |= row("C1", "centroid difference", (0.0676, 0.0635, 0.0719)) | row(
-        "C1", "centroid T2-T2b", (0.84, 0.8, 0.88)
-    )
+    numbers |= row("C1", "centroid difference", (0.0676, 0.0635, 0.0719))
+    numbers |= row("C1", "centroid T2-T2b", (0.84, 0.8, 0.88))
     found = corrected_rules.centroid_over_behaviours(Rows("m", table(FINE | numbers)))
     half = 2.5706 * (np.var(benign, ddof=1) / 6 + (0.08 / 3.92) ** 2) ** 0.5
     assert found is not None
@@ -378,11 +359,19 @@ def test_behaviours_are_a_sample_in_the_interval_of_the_centroid_difference() ->
     assert corrected_rules.centroid_over_behaviours(Rows("m", table({}))) is None
 
 
-def test_c1_says_why_it_is_open_and_few_behaviours_are_a_cap() -> None:
-    wide = correct("C1", computed(LATE) | row("C1", "centroid B1", (0.1, 0.1, 0.1)))
-    assert wide.reason.endswith("behaviours resampled, which leaves 0.05 open")
-    few = correct("C1", computed(LATE) | row("C1", "centroid B5", None))
-    assert "supported by its numbers, capped: benign behaviours failed" in few.reason
+NOTHING_KEPT = row("C5c", KEPT_BY_FIRST_TOKEN, None) | row("C5c", "not defined", (0.0, 0.0, 0.0))
+REASONS = [  # claim, evidence, what the corrected rule says of it, and why
+    ("C1", computed(LATE) | row("C1", "centroid B1", (0.1, 0.1, 0.1)), "inconclusive", "resampled, which leaves 0.05 open"),
+    ("C1", computed(LATE) | row("C1", "centroid B5", None), "inconclusive", "capped: benign behaviours failed"),
+    ("C5c", {}, "not testable", "--judge"),
+    ("C5c", NOTHING_KEPT, "inconclusive", ""),  # where clamping does nothing no label is needed
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("claim", "changes", "verdict", "reason"), REASONS)
+def test_a_corrected_rule_says_why(claim: str, changes: dict, verdict: str, reason: str) -> None:
+    made = correct(claim, changes)
+    assert made.verdict == verdict and reason in made.reason
 
 
 def test_c3_names_every_family_and_shows_the_weakest() -> None:
@@ -399,7 +388,7 @@ def c6(quantity: str, *numbers: float, variant: str = "main") -> dict:
     return row("C6", quantity, (numbers[0], numbers[-2], numbers[-1]) if numbers else None, variant)
 
 
-# Evidence, and what the rules say of C6a, C6b and C6c: "+" supported, "-" contradicted, "?" inconclusive.
+# Evidence, and what the rules say of C6a, C6b and C6c, by `SIGNS`.
 PARTS = [
     ({}, "+++"), (c6("harm change", -1.9, -2.5, -1.0), "?++"), (c6("harm change", -1.0, -1.9, -0.5), "-++"),
     (c6("harm change", -30.0, -60.0, 0.5), "?++"), (c6("phi", 0.8, 0.7, 0.9), "?++"),
@@ -422,8 +411,7 @@ PARTS = [
 
 @pytest.mark.parametrize(("changes", "said"), PARTS)
 def test_each_part_of_c6_is_asked_alone(changes: dict, said: str) -> None:
-    signs = {"supported": "+", "contradicted": "-", "inconclusive": "?"}
-    assert "".join(signs[correct(part, changes).verdict] for part in corrected_rules.C6_PARTS) == said
+    assert "".join(SIGNS[correct(part, changes).verdict] for part in corrected_rules.C6_PARTS) == said
 
 
 def test_preservation_rests_on_enough_prompts_and_shows_the_cost_that_decides() -> None:
@@ -459,13 +447,7 @@ def gates(inside: Number, benign: Number = (0.1, 0.05, 0.15)) -> Rows:
 
 
 def test_a_gate_inside_last_layer_neurons_is_seen_by_the_corrected_rule() -> None:
-    assert registered_rules.rule_c5b(gates((0.9, 0.8, 1.0))).verdict == "inconclusive"
-    assert corrected_rules.corrected_c5b(gates((0.9, 0.8, 1.0))).verdict == "supported"
-    assert corrected_rules.corrected_c5b(gates((0.7, 0.5, 0.9))).verdict == "inconclusive"
-    assert corrected_rules.corrected_c5b(gates((0.9, 0.8, 1.0), benign=(0.3, 0.2, 0.4))).verdict == "inconclusive"
-
-
-def test_without_a_content_judge_c5c_names_the_flag() -> None:
-    assert "--judge" in correct("C5c").reason
-    nothing = row("C5c", KEPT_BY_FIRST_TOKEN, None) | row("C5c", "not defined", (0.0, 0.0, 0.0))
-    assert correct("C5c", nothing).verdict == "inconclusive", "where clamping does nothing no label is needed"
+    assert registered_rules.rule_c5b(gates(LATE)).verdict == "inconclusive"
+    unspecific = gates(LATE, benign=(0.3, 0.2, 0.4))
+    found = [corrected_rules.corrected_c5b(one).verdict for one in (gates(LATE), gates((0.7, 0.5, 0.9)), unspecific)]
+    assert found == ["supported", "inconclusive", "inconclusive"]

@@ -17,8 +17,8 @@ from sklearn.metrics import roc_auc_score
 from companion.base import files
 from companion.base.display import NotDefined
 from companion.base.files import EVIDENCE
-from companion.evidence import layers, tokens, two_way
-from companion.evidence.two_way import second_level, two_way_table
+from companion.evidence import layers, tokens
+from companion.evidence.layers import second_level, two_way_table
 from companion.mediation import estimands
 from companion.model import activations
 from companion.model.architecture import Subject
@@ -37,12 +37,13 @@ VARIANTS = {"main", "sufficiency", "necessity", "full response", "norm frozen", 
 def test_rows_of_c1(treatment: str) -> None:
     rows = layers.evidence_c1(complete(treatment=treatment), "model", N_LAYERS)
     assert all(list(row) == list(EVIDENCE) for row in rows)
-    shares = {row["variant"]: row for row in rows if row["quantity"] == "late share"}
-    assert set(shares) == VARIANTS and all(row["estimate"] == pytest.approx(0.8) for row in shares.values())
-    assert {(row["n_pairs"], row["n_topics"]) for row in shares.values()} == {(30, 15)}
-    assert find(rows, "centroid difference")["estimate"] == pytest.approx(21.9 / 30 - 0.5)
+    found = pd.DataFrame(rows).set_index("quantity")
+    shares = found.loc["late share"]
+    assert set(shares.variant) == VARIANTS and shares.estimate.tolist() == pytest.approx([0.8] * len(VARIANTS))
+    assert set(zip(shares.n_pairs, shares.n_topics, strict=True)) == {(30, 15)}
+    assert found.estimate["centroid difference"] == pytest.approx(21.9 / 30 - 0.5)
     names = {"late share", "centroid difference", f"centroid {treatment}", *(f"centroid B{i}" for i in range(1, 7))}
-    assert {row["quantity"] for row in rows} == names
+    assert set(found.index) == names
 
 
 def test_the_contrast_is_read_where_it_was_measured_and_the_last_token_alone() -> None:
@@ -70,10 +71,10 @@ def test_rows_of_c2(treatment: str) -> None:
     assert all(list(row) == list(EVIDENCE) for row in rows)
     known = dict.fromkeys(VARIANTS, 3.6 / 5)
     known |= {"per patch norm": 1.8 / (1.8 + 1.4), "per parameter": 0.4 / (0.4 + 1.4)}
-    total = {row["variant"]: row["estimate"] for row in rows if row["quantity"] == "MLP share of NIE"}
-    assert total == pytest.approx(known)
-    written = {row["variant"]: row["estimate"] for row in rows if row["quantity"] == "MLP share of direct effects"}
-    assert written == pytest.approx({"main": 0.75, "per patch norm": 1.5 / 2.5, "per parameter": (1 / 3) / (4 / 3)})
+    found = pd.DataFrame(rows).set_index(["quantity", "variant"]).estimate
+    assert found["MLP share of NIE"].to_dict() == pytest.approx(known)
+    written = {"main": 0.75, "per patch norm": 1.5 / 2.5, "per parameter": (1 / 3) / (4 / 3)}
+    assert found["MLP share of direct effects"].to_dict() == pytest.approx(written)
 
 
 def test_preconditions_are_those_of_the_test_pairs() -> None:
@@ -178,13 +179,13 @@ def test_c3_of_compiled_models(cue: str, psi: float, area: float) -> None:
 # ---- probes ----
 
 
-def plain(scores: np.ndarray) -> float:
-    return roc_auc_score(np.tile([0, 1], len(scores)), scores.reshape(-1))
+def areas(first: np.ndarray, second: np.ndarray) -> list[float]:
+    """What `auroc` gives, by scikit-learn."""
+    one, other = (roc_auc_score(np.tile([0, 1], len(scores)), scores.reshape(-1)) for scores in (first, second))
+    return [one, other, one - other]
 
 
-def clustered_scores(
-    n_pairs: int = 60, n_topics: int = 20, *, strength: float = 0.7, seed: int = 0
-) -> tuple[np.ndarray, list[str]]:
+def clustered_scores(n_pairs: int, n_topics: int, strength: float, seed: int = 0) -> tuple[np.ndarray, list[str]]:
     """Scores with ties and a part that all pairs of a topic share; topics of different sizes."""
     rng = np.random.default_rng(seed)
     topics = np.sort(rng.integers(n_topics, size=n_pairs))
@@ -195,28 +196,23 @@ def clustered_scores(
 
 @pytest.mark.parametrize("seed", range(3))
 def test_auroc_is_scikit_learns(seed: int) -> None:
-    (first, topics), (second, _) = clustered_scores(seed=seed, strength=1.0), clustered_scores(seed=seed, strength=0.2)
+    (first, topics), (second, _) = (clustered_scores(60, 20, strength, seed) for strength in (1.0, 0.2))
     found = layers.auroc({"a": first, "b": second}, topics)
-    assert found.estimate == pytest.approx([plain(first), plain(second), plain(first) - plain(second)])
-    assert found.n_clusters == len(set(topics))
-    assert (found.low < found.estimate).all()
-    assert (found.estimate < found.high).all()
+    assert found.estimate == pytest.approx(areas(first, second)) and found.n_clusters == len(set(topics))
+    assert (found.low < found.estimate).all() and (found.estimate < found.high).all()
 
 
 def test_a_resample_of_topics_is_the_auroc_of_the_resampled_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores, topics = clustered_scores(30, 8)
+    scores, topics = clustered_scores(30, 8, 0.7)
     seen = []
     monkeypatch.setattr(layers.bootstrap, "bootstrap", lambda sums, statistic: seen.append((sums, statistic)))
     layers.auroc({"a": scores, "b": scores[::-1]}, topics)
     ((sums, statistic),) = seen
     n = len(sums.clusters)
     weights = np.random.default_rng(1).multinomial(n, np.full(n, 1 / n), size=20)
-    found = statistic(weights @ sums.sums, weights @ sums.counts)
-    for row, weight in zip(found, weights, strict=True):
+    for row, weight in zip(statistic(weights @ sums.sums, weights @ sums.counts), weights, strict=True):
         times = weight[[list(sums.clusters).index(topic) for topic in topics]]
-        drawn = np.repeat(scores, times, axis=0)
-        assert row[0] == pytest.approx(plain(drawn))
-        assert row[2] == pytest.approx(plain(drawn) - plain(np.repeat(scores[::-1], times, axis=0)))
+        assert row == pytest.approx(areas(*(np.repeat(some, times, axis=0) for some in (scores, scores[::-1]))))
 
 
 def test_features_are_means_over_shared_tokens() -> None:
@@ -238,7 +234,7 @@ def test_features_are_means_over_shared_tokens() -> None:
     assert (features[[p.pair.id for p in ordered].index("p1")] == 0).all() and np.isfinite(features).all()
 
 
-# ---- two way ----
+# ---- two samples ----
 
 DESIGN, TOPICS = draw_design("split_decision", 600), 40
 
@@ -269,15 +265,11 @@ def test_key_numbers_are_those_of_the_evidence_and_both_samples_widen_them(effec
     rows += tokens.evidence_c4(tables["carried"], "m", DESIGN.n_layers)
     known = pd.DataFrame(rows).query("variant == 'main'").set_index(["claim", "quantity"])
     assert [claim for claim, _ in found.index] == ["C1", "C2", "C3", "C4"]
-    for key in found.index.drop(("C3", "psi0 early, shared tokens")):
-        assert (
-            found.loc[key, ["estimate", "low", "high"]].tolist()
-            == known.loc[key, ["estimate", "ci_low", "ci_high"]].tolist()
-        )
-    assert (
-        found.levels.tolist() == [4, 4, compiled_language.VERBS, 4]
-        and (found["drawn with topics"] == "verbs").sum() == 1
-    )
+    keys = found.index.drop(("C3", PSI))
+    same = known.loc[keys, ["estimate", "ci_low", "ci_high"]].to_numpy()
+    assert (found.loc[keys, ["estimate", "low", "high"]].to_numpy() == same).all()
+    assert found.levels.tolist() == [4, 4, compiled_language.VERBS, 4]
+    assert (found["drawn with topics"] == "verbs").sum() == 1
     width = (found["high both"] - found["low both"]) / (found.high - found.low)
     assert width.to_list() == pytest.approx(found.wider.to_list()) and (found.wider > 1).all()
 
@@ -286,12 +278,10 @@ def test_one_family_is_no_sample_of_families(effects: tuple, tmp_path: Path) -> 
     tables, pairs = effects
     one = two_way_table({"modules": tables["modules"]}, [with_words(p, 1) for p in pairs])
     assert isinstance(one, NotDefined) and "families" in str(one)
-    assert two_way.read_effects(tmp_path) == {}
-    files.write_table(tables["carried"], tmp_path / two_way.FILES["carried"])
-    (read,) = two_way.read_effects(tmp_path).values()
+    assert layers.read_effects(tmp_path) == {}
+    files.write_table(tables["carried"], tmp_path / layers.FILES["carried"])
+    (read,) = layers.read_effects(tmp_path).values()
     pd.testing.assert_frame_equal(read, tables["carried"], check_like=True)
     pair = with_words(pairs[1], 3)
-    assert second_level([replace(pair, treatment="T2", family="tale-4"), replace(pair, id="x", treatment="B1")]) == {
-        pair.id: "tale"
-    }
-    assert second_level([replace(pair, treatment="T1", spans={})]) == {}
+    told = [replace(pair, treatment="T2", family="tale-4"), replace(pair, id="x", treatment="B1")]
+    assert second_level(told) == {pair.id: "tale"} and second_level([replace(pair, treatment="T1", spans={})]) == {}

@@ -9,6 +9,8 @@ import pytest
 import torch
 from models import cue_pairs
 from oracles import tiny_study
+from rows import row
+from rows import table as evidence_table
 
 from companion.base.files import EVIDENCE
 from companion.claims.registered_rules import rule_c5b
@@ -143,8 +145,6 @@ def test_the_quick_sweep_tests_the_last_layer_alone_and_finds_its_gate(gate: Stu
 
 def test_a_contributor_contradicts_once_the_gate_is_passed() -> None:
     _, table, _ = measured(gated(gm.READER, "off low", "on low"))
-    gate = pd.DataFrame([{"model": "m", "claim": "gate", "quantity": "TE T2", "variant": "main", "note": ""}])
-    gate = gate.assign(estimate=3.0, ci_low=2.9, ci_high=3.1, n_pairs=60, n_topics=30)
-    joint = gate.assign(quantity="joint probability T2", estimate=1.0)
-    made = rule_c5b(Rows("m", pd.concat([gate, joint, table])))
+    known = row("gate", "TE T2", (3.0, 2.9, 3.1)) | row("gate", "joint probability T2", (1.0, 1.0, 1.0))
+    made = rule_c5b(Rows("m", pd.concat([evidence_table(known), table])))
     assert "capped" in made.reason and "contradicted by its numbers" in made.reason  # no benign behaviours here

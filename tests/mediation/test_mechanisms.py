@@ -14,7 +14,7 @@ from scipy.stats import ttest_1samp
 
 from companion.base.errors import InputError
 from companion.base.thresholds import deepest_early_layer, depth
-from companion.calibration.localise import decider
+from companion.calibration.truths import decider
 from companion.evidence import layers
 from companion.mediation import estimands, mechanisms, study, summaries
 from companion.mediation.study import Study
