@@ -32,21 +32,8 @@ def made_effects(trained: float, seed: int = 0) -> pd.DataFrame:
             nie = 0.1 * (layer + 1) + size * trained * (site == "mlp_out" and layer >= 4)
             for outcome, at, value in (("Y1", site, nie), ("contrast.frozen", f"{site}.direct", nie / 2)):
                 rows.append((*key, at, layer, "last", outcome, 0.0, value, 9 * size - value, 9 * size))
-    names = [
-        "pair_id",
-        "topic",
-        "treatment",
-        "split",
-        "site",
-        "layer",
-        "position",
-        "outcome",
-        "y00",
-        "y01",
-        "y10",
-        "y11",
-    ]
-    return with_estimands(pd.DataFrame(rows, columns=names))
+    names = ["pair_id", "topic", "treatment", "split", "site", "layer", "position", "outcome"]
+    return with_estimands(pd.DataFrame(rows, columns=[*names, "y00", "y01", "y10", "y11"]))
 
 
 def test_what_training_added_lies_where_it_was_trained() -> None:

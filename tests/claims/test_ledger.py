@@ -169,7 +169,7 @@ def test_p_is_small_where_the_interval_clears_the_threshold(verdict, quantity, n
 
 def test_what_has_no_interval_has_no_p() -> None:
     numbers = (("k90", 5, 4, 7), ("psi1", 0.9, -np.inf, np.inf), ("psi1", 0.9, 0.9, 0.9), ())
-    assert all(np.isnan(p_value(Verdict("m", "C5a", "supported", "", *some))) for some in numbers)
+    assert all(np.isnan(p_value(Verdict("m", "C5a", "inconclusive", "", *some))) for some in numbers)
     assert not set(AT_LEAST) & set(AT_MOST)
 
 
@@ -194,6 +194,6 @@ def test_a_bare_verdict_falls_among_many_and_stands_alone() -> None:
 
 
 def test_a_verdict_that_rests_on_another_condition_is_not_tested_and_stays() -> None:
-    """Few neurons: contradicted by k90, while psi1, which is shown, lies between its thresholds."""
-    made = adjusted([Answer(one("C5a", "contradicted", "psi1", 0.22, 0.16, 0.28), "weak", "")])
+    """Few neurons: contradicted by k90, while the interval of psi1, which is shown, holds its threshold."""
+    made = adjusted([Answer(one("C5a", "contradicted", "psi1", 0.1, 0.02, 0.18), "weak", "")])
     assert made.p.isna().all() and made.adjusted.tolist() == ["contradicted"]
