@@ -33,8 +33,8 @@ from companion.model.readout import logits
 from companion.model.replay import Prefix
 from companion.prompts import tokens
 
-KEPT_BYTES: Final = 2**30  # of the plain runs that are kept
-BATCH_BYTES: Final = KEPT_BYTES // 8  # of one plain run: a larger one would push out too many others
+KEPT_BYTES: Final = 2**29  # of the plain runs that are kept
+BATCH_BYTES: Final = KEPT_BYTES // 4  # of one plain run: a larger one would push out too many others
 BATCH = 128  # prompts
 FEWEST = 4  # prompts of a batch, below which reading them from the bottom costs less than many calls
 ROWS = 384  # of a batch, up to which steerings are put together

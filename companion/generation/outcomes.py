@@ -81,7 +81,7 @@ def price_each(subject: Subject, texts: Sequence[str], own: Answers, steered: Se
         (plain,) = read_prompts(subject, prompt, [PLAIN], forced)
         known = None if system else plain
         for k, moved in enumerate(read_prompts(subject, sent, steered, forced, plain=known, rows=rows)):
-            kl = ((plain.exp() * (plain - moved)).sum(-1) * mask).sum(-1)
+            kl = ((plain - moved).mul_(plain.exp()).sum(-1) * mask).sum(-1)
             spoken = [(at.gather(-1, answer[..., None])[..., 0] * mask).sum(-1) for at in (plain, moved)]
             length = mask.sum(-1)
             found[k, places] = to_host(torch.stack([kl / length, *spoken, length.double()], dim=-1))
@@ -96,5 +96,7 @@ def answer_log_probs(
     cache: Any,
 ) -> Float[Tensor, "row step vocab"]:
     """Log-probabilities before each answer token. The prompt is read first and alone, as in generation."""
-    rest = subject.model(answer[rows, :-1], past_key_values=cache, use_cache=True).logits
-    return torch.cat([logits[:, None], rest], dim=1).double().log_softmax(-1)
+    said = [logits[:, None], subject.model(answer[rows, :-1], past_key_values=cache, use_cache=True).logits]
+    both = torch.cat(said, dim=1).double()
+    said.clear()  # whole vocabularies: the next step needs the room
+    return both.log_softmax(-1)
