@@ -147,10 +147,10 @@ def _gate(rows: Rows) -> str:
 
 def _first_token(rows: Rows) -> str | None:
     found = rows.of("C5c")
-    kept = rows.find("C5c", KEPT_BY_FIRST_TOKEN, thresholds.CONTENT_JUDGE)
-    kept = found.get(KEPT_BY_FIRST_TOKEN) if kept is None else kept
+    judged = {name: rows.find("C5c", name, thresholds.CONTENT_JUDGE) for name in (KEPT_BY_FIRST_TOKEN, "not defined")}
+    kept, nothing = judged.values() if any(row is not None for row in judged.values()) else map(found.get, judged)
     if kept is None:
-        return str(found["not defined"].note) if "not defined" in found else None
+        return None if nothing is None else str(nothing.note)
     fact = f"acting at the first token has {_percent(kept)} of the effect of acting at every token"
     if "benign answers changed" in found:
         fact += f"; {_percent(found['benign answers changed'])} of benign answers change"
@@ -200,10 +200,12 @@ def sentence(answer: Answer, rows: Rows) -> str:
     verdict = answer.verdict
     if verdict.verdict == "not testable":
         return f"Not measured: {verdict.reason.removeprefix('not testable: ')}."
-    if verdict.quantity.startswith("TE "):
-        fact = f"the prompts move the answer by {verdict.estimate:.1f} log-odds only, too little to explain"
-    else:
+    if not verdict.quantity.startswith("TE "):
         fact = FACTS[verdict.claim](rows) or verdict.reason
+    elif "nothing to mediate" in verdict.reason:
+        fact = f"the prompts move the answer by {verdict.estimate:.1f} log-odds only, too little to explain"
+    else:  # too few topics
+        fact = verdict.reason
     missing = [f"{name} {state}" for name, state in (verdict.controls or {}).items() if state != "passed"]
     stopped = f"; control: {', '.join(missing)}" if missing and answer.says == "inconclusive" else ""
     return f"{WORDS[answer.says]}: {fact}{stopped}."

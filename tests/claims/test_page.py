@@ -54,6 +54,7 @@ SENTENCES: list[tuple[str, Numbers, str]] = [
     ("C5c", BY_CONTENT, "90% of the effect of acting at every token; 5% of benign answers change."),
     ("C5c", BY_CONTENT | HARD, "5% of benign answers change, but 86% of harmless ones if set as in a refusal"),
     ("C5c", NONE_KEPT, "Undecided: nothing can be kept."),
+    ("C5c", row("C5c", "not defined", (0.0, 0.0, 0.0), CONTENT_JUDGE), "Undecided: nothing can be kept."),
     ("C6a", {}, "Yes: harm falls by 60.0 points, 95% of the wrapper's effect is undone (75% asked); at most 1% of random"),
     ("C6a", row("C6", "harm change", (3.0, 1.0, 5.0)), "No: harm rises by 3.0 points"),
     ("C6b", {}, "Yes: 0.3 points of harmless answers are lost, over-refusal rises by 0.4 (at most 2 allowed)."),
@@ -68,6 +69,13 @@ def test_an_answer_is_a_sentence_made_of_evidence(claim: str, changes: Numbers, 
     evidence = evidence_of(changes)
     answer = next(one for one in answered(evidence) if one.verdict.claim == claim)
     assert part in page.sentence(answer, Rows("m", evidence))
+
+
+def test_too_few_topics_are_not_called_too_small_an_effect() -> None:
+    evidence = evidence_of({}).assign(n_topics=12)
+    (answer,) = (one for one in answered(evidence) if one.verdict.claim == "C2")
+    said = page.sentence(answer, Rows("m", evidence))
+    assert said.startswith("Undecided: 12 topics of T2-T2b in the test split, 20 needed")
 
 
 def test_a_rule_that_cannot_tell_gives_no_verdict_but_the_number() -> None:
