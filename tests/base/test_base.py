@@ -192,6 +192,15 @@ def test_missing_and_torn_files_are_named(tmp_path: Path) -> None:
             files.read_json(path) if suffix == "json" else files.read_table(path, COLUMNS)
 
 
+def test_a_flipped_bit_in_a_parquet_file_is_seen(tmp_path: Path) -> None:
+    path = files.write_table(pd.DataFrame({"te": np.random.default_rng(0).normal(size=1000)}), tmp_path / "x.parquet")
+    torn = bytearray(path.read_bytes())
+    torn[len(torn) // 2] ^= 1
+    path.write_bytes(torn)
+    with pytest.raises(InputError, match="cannot be read"):
+        files.read_table(path, {"te": "float"})
+
+
 @both
 def test_a_missing_column_and_a_wrong_kind_are_named(tmp_path: Path, suffix: str) -> None:
     wrong = [("te", "int"), ("site", "float")] + [("layer", "bool"), ("te", "str")] * (suffix == "parquet")
