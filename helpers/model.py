@@ -55,7 +55,13 @@ def log_odds_of_logits(logits: Float[Tensor, "1 pos vocab"], openers: Openers) -
 
 
 def token_ids(study: Study, pair: TokenPair) -> tuple[Tensor, Tensor]:
-    """Token ids of the control and of the treated prompt, each of shape (1, pos), where the model computes."""
+    """Token ids of the control and of the treated prompt, each of shape (1, pos), where the model computes.
+
+    >>> study = begin("embedded", "embedded", "embedded", profile="smoke")
+    >>> control, treated = token_ids(study, example_pair(study))
+    >>> control.shape == treated.shape
+    True
+    """
     control, treated = prompt_tokens(study.subject, [pair])
     return control, treated
 

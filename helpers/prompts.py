@@ -71,7 +71,14 @@ def shown_answer(study: Study, pair: TokenPair, side: str) -> str:
 
 
 def chat_tokens(study: Study, text: str) -> Tensor:
-    """Token ids of a user's message inside the model's chat template, shape (1, pos)."""
+    """Token ids of a user's message inside the model's chat template, shape (1, pos).
+
+    >>> from helpers import model
+    >>> study = model.begin("embedded", "embedded", "embedded", profile="smoke")
+    >>> pair = model.example_pair(study)
+    >>> bool((chat_tokens(study, pair.pair.control) == model.token_ids(study, pair)[0]).all())
+    True
+    """
     return study.subject.tensor(encode(study.subject.tokenizer, text)[0])[None]
 
 
