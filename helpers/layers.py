@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -36,10 +37,13 @@ def measure_layers(study: Study) -> Layers:
 
 
 def measure_relatives(study: Study, model: str, profile: str) -> dict[str, Layers]:
-    """The same for the untrained twin, and for a shipped model's other seeds; kept as `02_relatives.parquet`."""
-    found = {
-        label: evidence.measure_layers(one, label, direct=True) for label, one in control_studies(study, model, profile)
-    }
+    """The same for the untrained twin, and for a shipped model's other seeds; kept as `02_relatives.parquet`.
+
+    Their `study` is the model's own, so that no relative stays in memory.
+    """
+    found = {}
+    for label, one in control_studies(study, model, profile):
+        found[label] = replace(evidence.measure_layers(one, label, direct=True), study=study)
     table = pd.concat([one.effects.assign(model=label) for label, one in found.items()])
     write_table(table, results_dir(study.slug) / "02_relatives.parquet")
     return found

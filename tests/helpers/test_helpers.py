@@ -1,6 +1,8 @@
 """Helpers: each gives what the library calls behind it give, or plain runs with hooks, on the shipped model."""
 
+import gc
 import json
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from companion.base.files import read_json
 from companion.calibration import rates
 from companion.claims.corrected_rules import STATEMENTS
 from companion.mediation.estimands import prompt_tokens
-from companion.mediation.study import Study
+from companion.mediation.study import Study, control_studies
 from companion.plots import figures
 from companion.steering.comparison import zones
 from helpers import calibration, claims, layers, model, modules, neurons, plots, prompts, steering, tokens
@@ -79,8 +81,18 @@ def test_what_is_read_and_what_is_carried_stand_on_one_axis(sweep: layers.Layers
     assert carried[sweep.study.subject.n_layers - 1] == pytest.approx(1, abs=1e-4)
 
 
-def test_the_evidence_is_that_of_the_model_and_of_its_twin(sweep: layers.Layers, folders: Path) -> None:
+def test_the_evidence_is_that_of_the_model_and_of_its_twin(sweep: layers.Layers, folders: Path, monkeypatch) -> None:
+    held = []
+
+    def seen(*given):
+        for label, one in control_studies(*given):
+            held.append(weakref.ref(one.subject.model))
+            yield label, one
+
+    monkeypatch.setattr(layers, "control_studies", seen)
     relatives = layers.measure_relatives(sweep.study, "embedded", "smoke")
+    gc.collect()
+    assert held and not any(weights() for weights in held), "no relative stays in memory"
     curves = layers.cumulative(sweep, relatives)
     assert list(dict.fromkeys(curves.line)) == ["T2", "T2-T2b", "untrained twin"]
     assert curves[curves.layer == 5].estimate.round(4).tolist() == [1, 1, 1]
