@@ -37,7 +37,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "01": (), "06": ("01",), "05": ("01",), "02": ("01",), "04": ("01",), "03": ("02",), "04b": ("04",), "07": (),
     "08": ("02", "03", "04", "04b", "05", "06", "07"), "00": ("08",),
 }  # fmt: skip
-FOR_TWO = 12e9  # bytes of the machine's memory: two notebooks of `smollm2-refuser` at once take up to 8.4 GB, one 4.6
+FOR_TWO = 12e9  # bytes of the machine's memory: two notebooks of `smollm2-refuser` at once take up to 6 GB, one 4
 MADE_FROM = "made_from"  # a run's note of what it was asked to study, and where that lay
 DEFAULTS: dict[str, Any] = {"MODEL": smollm2.REFUSES, "PROMPTS": "english", "SLUG": smollm2.REFUSES}
 DEFAULTS |= {"DEVICE": "cpu", "DTYPE": "float32", "PROFILE": "full", "PAIRS": 0}
@@ -250,12 +250,23 @@ def run_notebooks(plan: Plan, numbers: Sequence[str], made_from: Mapping[str, st
     return len(stale) - len(done)
 
 
+def chain(number: str, seconds: Mapping[str, float]) -> float:
+    """Seconds from a notebook's start to the end of the longest row of notebooks that wait for one another.
+
+    >>> chain("04", {"04": 300, "04b": 200, "05": 400})
+    500
+    """
+    after = (chain(other, seconds) for other in seconds if number in NEEDS[other])
+    return seconds[number] + max(after, default=0)
+
+
 def _run_stale(
     plan: Plan, numbers: Sequence[str], stale: Sequence[str], made_from: Mapping[str, str | None], jobs: int
 ) -> list[str]:
-    """Start what can start while there is room, the longest first by the last run's times; returns what finished."""
+    """Start what can start while there is room, first what most has to wait for (`chain`); returns what finished."""
     names = {number: plan.paths[number].stem for number in numbers}
     times = run_times(RESULTS / DEFAULTS["SLUG"]) | run_times(plan.results)
+    waits = {number: chain(number, {each: times.get(names[each], 0) for each in stale}) for number in stale}
 
     def say(number: str, what: str) -> None:
         print(f"[{list(names).index(number) + 1}/{len(names)}] {names[number]} {what}", flush=True)
@@ -269,7 +280,7 @@ def _run_stale(
     done, failed = list[str](), list[str]()
     try:
         while ready or stages:
-            for number in sorted(ready, key=lambda number: -times.get(names[number], 0))[: jobs - len(stages)]:
+            for number in sorted(ready, key=lambda number: -waits[number])[: jobs - len(stages)]:
                 say(number, f"(last time {times[names[number]]} s) ..." if names[number] in times else "...")
                 stages.append(Stage(plan, number))
                 ready.remove(number)
