@@ -37,7 +37,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "01": (), "06": ("01",), "05": ("01",), "02": ("01",), "04": ("01",), "03": ("02",), "04b": ("04",), "07": (),
     "08": ("02", "03", "04", "04b", "05", "06", "07"), "00": ("08",),
 }  # fmt: skip
-FOR_TWO = 12e9  # bytes of the machine's memory: two notebooks of `smollm2-refuser` at once take up to 6 GB, one 4
+FOR_TWO = 12e9  # bytes of the machine's memory: two notebooks of `smollm2-refuser` at once take up to 6.8 GB, one 4
 MADE_FROM = "made_from"  # a run's note of what it was asked to study, and where that lay
 DEFAULTS: dict[str, Any] = {"MODEL": smollm2.REFUSES, "PROMPTS": "english", "SLUG": smollm2.REFUSES}
 DEFAULTS |= {"DEVICE": "cpu", "DTYPE": "float32", "PROFILE": "full", "PAIRS": 0}
