@@ -16,12 +16,12 @@ STRICT = "COMPANION_STRICT"
 FAILED_CHECK = "CHECK FAILED"  # how such a line begins; the runner looks for it
 
 
-def progress(items: Iterable[T], desc: str = "", total: int | None = None) -> Iterator[T]:
+def progress(items: Iterable[T], desc: str = "") -> Iterator[T]:
     """Yield the items, drawing a bar once two seconds have passed, unless `TQDM_DISABLE` is set to anything but 0."""
     from tqdm import tqdm
 
     silent = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
-    yield from tqdm(items, desc=desc, total=total, delay=2.0, leave=False, disable=silent, file=sys.stderr)
+    yield from tqdm(items, desc=desc, delay=2.0, leave=False, disable=silent, file=sys.stderr)
 
 
 @dataclass(frozen=True)
