@@ -32,6 +32,7 @@ MARGINS = {"KL": 0.02, "perplexity ratio": 1.01, "over-refusal": POINTS}  # what
 
 # Names of quantities and variants in evidence tables.
 COMPUTED = "late share of what is computed"  # measured by `companion.mediation.mechanisms`
+PSI = "psi0 early, shared tokens"
 MLP_SHARE = "share of MLPs"
 MLP_SHARE_WITH_OWN = "share of MLPs from this layer on"  # the hand-over layer's own MLP among them
 KEPT_BY_FIRST_TOKEN = "share kept by the first token"

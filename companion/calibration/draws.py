@@ -21,13 +21,12 @@ import pandas as pd
 
 from companion.base import paths
 from companion.base.files import EVIDENCE
-from companion.base.thresholds import MLP_SHARE, MLP_SHARE_WITH_OWN, UNTRAINED, deepest_early_layer
+from companion.base.thresholds import MLP_SHARE, MLP_SHARE_WITH_OWN, PSI, UNTRAINED, deepest_early_layer
 from companion.calibration.campaign import SCHEMAS, SCORES, code_version, read_shipped, run_campaign
 from companion.calibration.rates import CONTRADICTED_TO, FRESH_LAST, FRESH_LATER, SUPPORTED_FROM
 from companion.calibration.truths import Measured, ideal_push_rows, localise_draw, truth_of
 from companion.claims.corrected_rules import C6_PARTS
 from companion.claims.ledger import KEYS, ledger, rule_name
-from companion.claims.registered_rules import PSI
 from companion.claims.verdict import Rows, Verdict, decide, precondition
 from companion.evidence import layers, steering, tokens
 from companion.evidence.layers import EvidenceRows

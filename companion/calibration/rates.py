@@ -18,10 +18,10 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from statsmodels.stats.proportion import proportion_confint
 
 from companion.base import paths
-from companion.base.thresholds import COMPUTED, KEPT_BY_FIRST_TOKEN, MLP_SHARE_WITH_OWN
+from companion.base.thresholds import COMPUTED, KEPT_BY_FIRST_TOKEN, MLP_SHARE_WITH_OWN, PSI
 from companion.calibration.campaign import read_shipped
 from companion.claims.ledger import Rates, rule_name
-from companion.claims.verdict import AT_LEAST, PSI
+from companion.claims.verdict import AT_LEAST
 from companion.stats.clusters import rate
 
 RIGHT = {"true": "supported", "false": "contradicted"}

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 import pandas as pd
 
 from companion.base import thresholds
-from companion.base.thresholds import COMPUTED, KEPT_BY_FIRST_TOKEN, MLP_SHARE, MLP_SHARE_WITH_OWN, POINTS
+from companion.base.thresholds import COMPUTED, KEPT_BY_FIRST_TOKEN, MLP_SHARE, MLP_SHARE_WITH_OWN, POINTS, PSI
 from companion.claims import registered_rules as registered
 from companion.claims.corrected_rules import STATEMENTS, centroid_over_behaviours
 from companion.claims.ledger import CANNOT, CANNOT_TELL, ENOUGH, LEVEL, MOSTLY, RARE, Answer, adjusted
-from companion.claims.verdict import PSI, Rows, Verdict
+from companion.claims.verdict import Rows, Verdict
 
 NAMES = {  # of the claims, for the lines on top and the picture
     "C1": "late layers", "C2": "MLPs write it", "C3": "harm seen early", "C4": "MLPs carry it on", "C5a": "few neurons",

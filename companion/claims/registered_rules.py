@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 
 from companion.base import thresholds
-from companion.base.thresholds import KEPT_BY_FIRST_TOKEN, MIN_BENIGN, MLP_SHARE, MLP_SHARE_WITH_OWN, POINTS
+from companion.base.thresholds import KEPT_BY_FIRST_TOKEN, MIN_BENIGN, MLP_SHARE, MLP_SHARE_WITH_OWN, POINTS, PSI
 from companion.claims import verdict
-from companion.claims.verdict import PSI, Rows, Verdict, conclude, control, decide, interval, is_high, is_low, same_side
+from companion.claims.verdict import Rows, Verdict, conclude, control, decide, interval, is_high, is_low, same_side
 
 NO_EFFECT = "no component has a positive effect on the discover split"
 NO_NEURONS = "single neurons were not measured: run notebook 04b (a mixture of experts has no such neurons)"

@@ -15,12 +15,11 @@ import pandas as pd
 from companion.base import thresholds
 from companion.base.thresholds import FLOAT32_BITS, MIN_BENIGN, MIN_JOINT, MIN_TOPICS, MIN_TOTAL_EFFECT
 
-PSI = "psi0 early, shared tokens"
 # By quantity that a verdict shows: supported if the whole interval lies from here on, contradicted if it lies up to here.
 AT_LEAST = {
     thresholds.COMPUTED: (0.5, 0.4), "late share": (0.5, 0.4), "MLP share of direct effects": (0.6, 0.5),
-    "MLP share of NIE": (0.6, 0.5), PSI: (0.3, 0.1), thresholds.MLP_SHARE: (0.6, 0.4), thresholds.MLP_SHARE_WITH_OWN: (0.6, 0.4),
-    "psi1": (0.3, 0.15), "gate index": (thresholds.GATE_LOW, thresholds.GATE_HIGH),
+    "MLP share of NIE": (0.6, 0.5), thresholds.PSI: (0.3, 0.1), thresholds.MLP_SHARE: (0.6, 0.4),
+    thresholds.MLP_SHARE_WITH_OWN: (0.6, 0.4), "psi1": (0.3, 0.15), "gate index": (thresholds.GATE_LOW, thresholds.GATE_HIGH),
     "gate index, form": (thresholds.GATE_LOW, thresholds.GATE_HIGH), thresholds.KEPT_BY_FIRST_TOKEN: (0.8, 0.4),
     "advantage over early": (0.0, thresholds.POINTS), "advantage over mid": (0.0, thresholds.POINTS), "Moran's I": (0.05, 0.05),
 }  # fmt: skip

@@ -28,7 +28,7 @@ from sklearn.preprocessing import StandardScaler
 from companion.base.device import to_host
 from companion.base.display import NotDefined
 from companion.base.files import EFFECTS, read_table
-from companion.base.thresholds import COMPUTED, MIN_TOTAL_EFFECT, MLP_SHARE_WITH_OWN, deepest_early_layer, depth
+from companion.base.thresholds import COMPUTED, MIN_TOTAL_EFFECT, MLP_SHARE_WITH_OWN, PSI, deepest_early_layer, depth
 from companion.mediation import estimands, mechanisms, summaries, sweeps
 from companion.mediation.estimands import batches, run_clean
 from companion.mediation.mechanisms import HELD, WITH_OWN
@@ -42,7 +42,6 @@ from companion.stats import bootstrap, clusters
 from companion.stats.bootstrap import Quantity, exact_row, mean_row, row, share_row
 
 EvidenceRows = list[dict[str, object]]
-PSI = "psi0 early, shared tokens"
 FILES = {  # in a run's folder
     "layers": "02_layers.parquet", "computed": "02_computed.parquet", "modules": "03_modules.parquet",
     "carried": "05_carried.parquet",

@@ -11,14 +11,13 @@ import pytest
 from rows import REGISTERED
 from rows import table as made_table
 
-from companion.base.thresholds import POINTS, UNTRAINED
+from companion.base.thresholds import POINTS, PSI, UNTRAINED
 from companion.calibration import draws, rates, truths
 from companion.calibration.campaign import read_shipped
 from companion.calibration.draws import FRESH, FRESH_NEAR, PlannedDraw
 from companion.calibration.rates import FRESH_LAST, FRESH_LATER, JUDGED_FROM, UNSEEN
 from companion.calibration.truths import PUSH, truth_of
 from companion.claims.ledger import rule_name
-from companion.claims.registered_rules import PSI
 from companion.claims.verdict import Rows
 from companion.evidence import neurons
 from companion.evidence.layers import evidence_c2, measure_layers
